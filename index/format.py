@@ -1,0 +1,299 @@
+"""The file index as bytes: a versioned header, a table of sections, and the sections.
+
+Two forms of the same index share one layout. As it *travels*, sections are zstd-compressed. On a
+node it is *expanded*: sections lie uncompressed on page boundaries, are mapped, and are read in
+place, so that opening does no work per file. docs/file-index-format.md is this module in prose.
+
+All integers are little-endian.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import os
+import struct
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import zstandard
+
+from index.errors import FormatError, IntegrityError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from index.tables import LayerTable
+
+MAGIC = b"\x89FBX\r\n\x1a\n"  # like PNG's: a text-mode copy or a 7-bit channel breaks it visibly
+VERSION_MAJOR = 1  # a reader refuses any other
+VERSION_MINOR = 0  # a reader ignores it
+
+# magic, major, minor, incompatible feature bits, compatible feature bits, sections, file size
+HEADER = struct.Struct("<8sHHIIIQ")
+# id, encoding, offset, stored size, raw size, digest of the raw bytes
+SECTION = struct.Struct("<IIQQQ32s")
+# blob digest, diffID, blob size, raw size, codec, seek points, windows, reserved (0)
+LAYER = struct.Struct("<32s32sQQIIII")
+WINDOW_LENGTH = struct.Struct("<I")
+
+OPTIONAL_SECTION = 1 << 31  # set in the id of a section that a reader may pass over
+MAX_SECTIONS = 64
+WINDOW_SIZE = 32 << 10  # the reach of deflate (RFC 1951, 2)
+DIGEST_PIECE = 4 << 20  # sections are hashed in pieces of this size, so that all cores can help
+PAGE = 4096
+# The most that an index from outside may unfold to: 16 million files at 128 bytes each.
+MAX_EXPANDED = 2 << 30
+ZSTD_LEVEL = 15
+
+
+class Section(enum.IntEnum):
+    """What a section holds. The values are part of the format."""
+
+    TREE = 1  # the EROFS image
+    LAYERS = 2  # one LAYER row a layer, lowest first
+    SEEK = 3  # columns over all layers: u64 raw offsets, u64 bit offsets, u8 window flags
+    DIGESTS = 4  # one SHA-256 a chunk, over all layers
+    WINDOWS = 5  # the 32 KiB before each gzip seek point that needs them, over all layers
+
+
+class Encoding(enum.IntEnum):
+    """How a section's bytes are stored. The values are part of the format."""
+
+    PLAIN = 0
+    ZSTD = 1  # one frame
+    WINDOWS = 2  # a u32 length for each 32 KiB window, then one zstd frame for each
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A section as it lies in a file, with the size and digest of its raw bytes."""
+
+    encoding: Encoding
+    data: bytes | memoryview
+    raw_size: int
+    digest: bytes
+
+
+def section_digest(raw: bytes | memoryview) -> bytes:
+    """SHA-256 over the SHA-256 of each 4 MiB piece."""
+    view = memoryview(raw)
+    pieces = [view[at : at + DIGEST_PIECE] for at in range(0, len(view), DIGEST_PIECE)]
+    if len(pieces) > 1:  # the tree of 1 000 000 files takes one core 70 ms
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            hashed = list(pool.map(_sha256, pieces))
+    else:
+        hashed = [_sha256(piece) for piece in pieces]
+    return _sha256(b"".join(hashed))
+
+
+def _sha256(data: bytes | memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def index_digest(content: Mapping[Section, Stored]) -> bytes:
+    """The index's own digest: 32 bytes that are equal for every form of the same index.
+
+    It covers each section's id, raw size and digest, and nothing of how they are compressed,
+    because no compressor promises the same bytes from one version to the next.
+    """
+    hasher = hashlib.sha256(MAGIC + struct.pack("<H", VERSION_MAJOR))
+    for section in sorted(content):
+        stored = content[section]
+        hasher.update(struct.pack("<IQ", section, stored.raw_size) + stored.digest)
+    return hasher.digest()
+
+
+def lay_out(
+    tree: bytes, layers: Sequence[LayerTable], windows: Sequence[Sequence[bytes]]
+) -> dict[Section, Stored]:
+    """All sections of a new index, not yet compressed but for the windows.
+
+    `windows` holds each layer's windows in the order of its seek points.
+    """
+    raw_offsets, bit_offsets, flags = array("Q"), array("Q"), bytearray()
+    rows: list[bytes] = []
+    for table, held in zip(layers, windows, strict=True):
+        raw_offsets.extend(table.raw_offsets)
+        bit_offsets.extend(table.bit_offsets)
+        flags += bytes(table.window_flags)
+        points = len(table.raw_offsets)
+        sizes = (table.blob_size, table.raw_size, table.codec, points, len(held), 0)
+        rows.append(LAYER.pack(table.digest, table.diff_id, *sizes))
+    plain = {
+        Section.TREE: tree,
+        Section.LAYERS: b"".join(rows),
+        Section.SEEK: raw_offsets.tobytes() + bit_offsets.tobytes() + bytes(flags),
+        Section.DIGESTS: b"".join(bytes(table.digests) for table in layers),
+    }
+    content = {
+        section: Stored(Encoding.PLAIN, raw, len(raw), section_digest(raw))
+        for section, raw in plain.items()
+    }
+    content[Section.WINDOWS] = _pack_windows([w for held in windows for w in held])
+    return content
+
+
+def _pack_windows(windows: Sequence[bytes]) -> Stored:
+    padded = [window.rjust(WINDOW_SIZE, b"\0") for window in windows]
+    compressor = zstandard.ZstdCompressor(level=19)
+    frames = [compressor.compress(window) for window in padded]
+    data = b"".join([*(WINDOW_LENGTH.pack(len(frame)) for frame in frames), *frames])
+    digest = section_digest(b"".join(padded))
+    return Stored(Encoding.WINDOWS, data, WINDOW_SIZE * len(padded), digest)
+
+
+def compress(content: Mapping[Section, Stored]) -> dict[Section, Stored]:
+    """The sections as they travel."""
+    return {
+        section: (
+            Stored(
+                Encoding.ZSTD,
+                zstandard.compress(stored.data, ZSTD_LEVEL),
+                stored.raw_size,
+                stored.digest,
+            )
+            # digests do not compress, windows are compressed one by one
+            if section not in (Section.DIGESTS, Section.WINDOWS)
+            else stored
+        )
+        for section, stored in content.items()
+    }
+
+
+def write(content: Mapping[Section, Stored], *, alignment: int = 8) -> bytes:
+    """The file. The windows lie last; `alignment` is in bytes, PAGE for the expanded form."""
+    out = bytearray(HEADER.size + SECTION.size * len(content))
+    for number, section in enumerate(sorted(content)):
+        stored = content[section]
+        out += bytes(-len(out) % alignment)
+        SECTION.pack_into(
+            out,
+            HEADER.size + number * SECTION.size,
+            section,
+            stored.encoding,
+            len(out),
+            len(stored.data),
+            stored.raw_size,
+            stored.digest,
+        )
+        out += stored.data
+    HEADER.pack_into(out, 0, MAGIC, VERSION_MAJOR, VERSION_MINOR, 0, 0, len(content), len(out))
+    return bytes(out)
+
+
+def read(file: bytes | memoryview) -> dict[Section, Stored]:
+    """The sections of a file of either form, as views into it, not yet verified.
+
+    Raises FormatError if it is no file index or breaks the layout, UnsupportedError if it is one
+    of a version or with features this reader does not know.
+    """
+    view = memoryview(file)
+    if len(view) < HEADER.size or bytes(view[: len(MAGIC)]) != MAGIC:
+        raise FormatError("this is not a FirstByte file index")
+    _, major, _, incompatible, _, count, size = HEADER.unpack_from(view)
+    if major != VERSION_MAJOR or incompatible:
+        raise UnsupportedError(
+            f"the file index has version {major} and features {incompatible:#x}",
+            hint=f"this program reads version {VERSION_MAJOR}; update it, or build the index anew",
+        )
+    if size != len(view):
+        raise FormatError(f"the file index says it has {size} bytes but has {len(view)}")
+    if count > MAX_SECTIONS or HEADER.size + count * SECTION.size > size:
+        raise FormatError(f"the file index says it has {count} sections")
+    content: dict[Section, Stored] = {}
+    floor = HEADER.size + count * SECTION.size
+    for number in range(count):
+        row = SECTION.unpack_from(view, HEADER.size + number * SECTION.size)
+        kind, encoding, offset, stored_size, raw_size, digest = row
+        if offset < floor or offset + stored_size > size:
+            raise FormatError(f"section {kind} of the file index lies outside its place")
+        floor = offset + stored_size
+        if kind & OPTIONAL_SECTION:
+            continue
+        try:
+            section, how = Section(kind), Encoding(encoding)
+        except ValueError:
+            raise UnsupportedError(
+                f"the file index has a section {kind} in encoding {encoding}",
+                hint="a newer program made it; update this one, or build the index anew",
+            ) from None
+        if section in content:
+            raise FormatError(f"the file index has section {section.name} twice")
+        data = view[offset : offset + stored_size]
+        content[section] = Stored(how, data, raw_size, digest)
+    if missing := [section.name for section in Section if section not in content]:
+        raise FormatError(f"the file index has no section {missing[0]}")
+    for section, stored in content.items():
+        if (section is Section.WINDOWS) != (stored.encoding is Encoding.WINDOWS):
+            raise FormatError(f"section {section.name} of the file index has a wrong encoding")
+    return content
+
+
+def expand(
+    content: Mapping[Section, Stored], *, limit: int = MAX_EXPANDED
+) -> dict[Section, Stored]:
+    """Decompress and verify every section, the windows too (which stay compressed one by one).
+
+    Never unfolds to more than `limit` bytes. Raises FormatError or IntegrityError.
+    """
+    if sum(stored.raw_size for stored in content.values()) > limit:
+        raise FormatError(f"the file index would unfold to more than {limit} bytes")
+    result: dict[Section, Stored] = {}
+    for section, stored in content.items():
+        if section is Section.WINDOWS:
+            raw: bytes | memoryview = b"".join(unpack_windows(stored))
+            result[section] = stored
+        else:
+            raw = _unpack(section, stored)
+            result[section] = Stored(Encoding.PLAIN, raw, stored.raw_size, stored.digest)
+        if section_digest(raw) != stored.digest:
+            raise IntegrityError(f"section {section.name} of the file index is damaged")
+    return result
+
+
+def _unpack(section: Section, stored: Stored) -> bytes | memoryview:
+    raw: bytes | memoryview
+    if stored.encoding is Encoding.PLAIN:
+        raw = stored.data
+    else:
+        raw = decompress(stored.data, stored.raw_size)
+    if len(raw) != stored.raw_size:
+        raise FormatError(f"section {section.name} of the file index has a wrong size")
+    return raw
+
+
+def decompress(frame: bytes | memoryview, size: int) -> bytes:
+    """One zstd frame that must hold exactly `size` bytes."""
+    try:
+        if zstandard.get_frame_parameters(frame).content_size != size:
+            raise FormatError("a section of the file index has a wrong size")
+        return zstandard.ZstdDecompressor().decompress(
+            frame, max_output_size=size, allow_extra_data=False
+        )
+    except zstandard.ZstdError as error:
+        raise FormatError(f"a section of the file index is damaged ({error})") from error
+
+
+def unpack_windows(stored: Stored) -> Iterator[bytes]:
+    """The raw windows, each WINDOW_SIZE bytes, in order."""
+    for frame in window_frames(stored):
+        yield decompress(frame, WINDOW_SIZE)
+
+
+def window_frames(stored: Stored) -> list[memoryview]:
+    """Where each window's own zstd frame lies. Raises FormatError if the lengths do not add up."""
+    count, rest = divmod(stored.raw_size, WINDOW_SIZE)
+    view = memoryview(stored.data)
+    position = WINDOW_LENGTH.size * count
+    if rest or position > len(view):
+        raise FormatError("the windows of the file index have a wrong size")
+    frames: list[memoryview] = []
+    for (length,) in WINDOW_LENGTH.iter_unpack(view[:position]):
+        frames.append(view[position : position + length])
+        position += length
+    if position != len(view):
+        raise FormatError("the windows of the file index have a wrong size")
+    return frames
