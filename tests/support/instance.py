@@ -1,0 +1,131 @@
+"""An instance of FirstByte with directories of its own, driven as people drive it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from snapshotter.mounts import syscalls
+from snapshotter.mounts.table import MountEntry, read_mounts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WAIT_SECONDS = 30
+POLL_SECONDS = 0.02
+
+
+class Instance:
+    """`base` holds root, state, and directories to mount on."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.root = base / "root"
+        self.state = base / "state"
+        self._foreground: list[subprocess.Popen[bytes]] = []
+
+    def command(self, *arguments: str | Path) -> list[str]:
+        """The command line; options for the instance go last."""
+        words = [str(argument) for argument in arguments]
+        places = ["--root", str(self.root), "--state", str(self.state)]
+        return [sys.executable, "-m", "snapshotter.cli.main", *words, *places]
+
+    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments), capture_output=True, text=True, timeout=60, check=False
+        )
+
+    def succeed(self, *arguments: str | Path) -> str:
+        done = self.run(*arguments)
+        assert done.returncode == 0, done.stderr + self.log()
+        return done.stdout
+
+    def fail(self, *arguments: str | Path) -> str:
+        """The one line that says why a command failed."""
+        done = self.run(*arguments)
+        assert done.returncode != 0
+        (line,) = done.stderr.strip().splitlines()
+        assert line.startswith("firstbyte: ")
+        return line
+
+    def directory(self, name: str) -> Path:
+        """A new directory to mount on."""
+        path = self.base / name
+        path.mkdir()
+        return path
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.succeed("status", "--json"))
+        return found
+
+    def log(self) -> str:
+        path = self.state / "daemon.log"
+        return path.read_text() if path.exists() else ""
+
+    def mounts(self) -> list[MountEntry]:
+        """What of this instance is in the mount table."""
+        prefix = os.fsencode(self.base) + b"/"
+        return [entry for entry in read_mounts() if entry.point.startswith(prefix)]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """A daemon in the foreground that answers already."""
+        process = subprocess.Popen(
+            self.command("daemon"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        self._foreground.append(process)
+        wait_until(lambda: (self.state / "firstbyte-control.sock").exists() or process.poll())
+        return process
+
+    def clean(self) -> None:
+        """End and unmount whatever a failed test has left."""
+        for process in self._foreground:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+        for pid in self._daemons():
+            os.kill(pid, signal.SIGKILL)
+        for entry in reversed(self.mounts()):
+            syscalls.unmount(Path(os.fsdecode(entry.point)), detach=True)
+
+    def _daemons(self) -> list[int]:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:  # it has just ended
+                continue
+            if b"snapshotter.daemon" in words and os.fsencode(self.state) in words:
+                found.append(int(folder.name))
+        return found
+
+    def has_daemon(self) -> bool:
+        return bool(self._daemons())
+
+
+def wait_until(condition: Any) -> None:
+    """Wait for something that happens soon; the time only bounds a failure."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def instance() -> Iterator[Instance]:
+    """A new instance; afterwards nothing of it is left. The path is short: sockets need that."""
+    base = Path(tempfile.mkdtemp(prefix="fb-"))
+    made = Instance(base)
+    try:
+        yield made
+    finally:
+        made.clean()
+        shutil.rmtree(base)
