@@ -1,0 +1,168 @@
+"""Credentials from docker's `config.json` and the credential helpers it names.
+
+Sources: docker/cli `configfile` and `credentials`; docker-credential-helpers' protocol: the
+registry's name on standard input, JSON on standard output.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from snapshotter.registry.auth import Credential, IdentityToken, Password
+from snapshotter.registry.errors import CredentialsError
+from snapshotter.registry.reference import DEFAULT_REGISTRY
+
+if TYPE_CHECKING:
+    import subprocess
+
+_DEFAULT_REGISTRY_KEY = "https://index.docker.io/v1/"
+_TOKEN_USERNAME = "<token>"  # noqa: S105  (helpers say so that the secret is an identity token)
+_HELPER_DEADLINE = 30.0  # seconds; a guess: cloud helpers make a few requests of their own
+_HELPER_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_NOT_FOUND = "credentials not found"  # how every helper's answer starts that has none
+
+
+class _Auth(msgspec.Struct):
+    auth: str | None = None
+    username: str | None = None
+    password: str | None = None
+    identitytoken: str | None = None
+
+
+class _Config(msgspec.Struct, rename={"creds_store": "credsStore", "cred_helpers": "credHelpers"}):
+    auths: dict[str, _Auth] | None = None
+    creds_store: str | None = None
+    cred_helpers: dict[str, str] | None = None
+
+
+class _HelperAnswer(msgspec.Struct, rename={"username": "Username", "secret": "Secret"}):
+    username: str = ""
+    secret: str = ""
+
+
+class CredentialStore:
+    """Looks credentials up whenever they are needed: a `docker login` meanwhile counts."""
+
+    def __init__(self, config: Path | None = None) -> None:
+        """`config` is the path of config.json; docker's own ($DOCKER_CONFIG) if None."""
+        self._path = config or _default_path()
+        self._version: tuple[int, int, int] | None = None
+        self._config = _Config()
+
+    async def lookup(self, registry: str) -> Credential | None:
+        """The credential for a reference's registry, or None.
+
+        Raises CredentialsError if the file is malformed or a helper fails.
+        """
+        config = await trio.to_thread.run_sync(self._load)
+        keys = _keys(registry)
+        helpers = config.cred_helpers or {}
+        helper = next((helpers[key] for key in keys if key in helpers), config.creds_store)
+        if helper and (credential := await _ask_helper(helper, keys[0])):
+            return credential
+        for name, entry in (config.auths or {}).items():
+            if _host(name) in keys and (credential := self._credential(name, entry)):
+                return credential
+        return None
+
+    def _load(self) -> _Config:
+        """The file's content, read again only if it changed."""
+        try:
+            status = self._path.stat()
+            version = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if version != self._version:
+                self._config = msgspec.json.decode(self._path.read_bytes(), type=_Config)
+                self._version = version
+        except FileNotFoundError:
+            self._version, self._config = None, _Config()
+        except OSError as error:
+            raise CredentialsError(f"cannot read {self._path} ({error.strerror})") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise CredentialsError(
+                f"{self._path} is malformed ({error})", hint="repair it, or docker login anew"
+            ) from error
+        return self._config
+
+    def _credential(self, name: str, entry: _Auth) -> Credential | None:
+        if entry.identitytoken:
+            return IdentityToken(entry.identitytoken)
+        if entry.auth:
+            try:
+                pair = base64.b64decode(entry.auth, validate=True).decode()
+            except (binascii.Error, UnicodeDecodeError) as error:
+                raise CredentialsError(
+                    f"the auth of {name} in {self._path} is not base64",
+                    hint=f"docker login {name}",
+                ) from error
+            username, colon, password = pair.rstrip("\0").partition(":")
+            return Password(username, password) if colon else None
+        if entry.username and entry.password:
+            return Password(entry.username, entry.password)
+        return None
+
+
+def _default_path() -> Path:
+    directory = os.environ.get("DOCKER_CONFIG")
+    return (Path(directory) if directory else Path.home() / ".docker") / "config.json"
+
+
+def _keys(registry: str) -> list[str]:
+    """The names a registry may have in the file; the first is what helpers are asked for."""
+    if registry == DEFAULT_REGISTRY:
+        return [_DEFAULT_REGISTRY_KEY, "index.docker.io", DEFAULT_REGISTRY]
+    return [registry]
+
+
+def _host(name: str) -> str:
+    """Entries may be written as URLs: `https://host:5000/v1/`."""
+    return re.sub(r"^https?://", "", name).partition("/")[0].lower()
+
+
+async def _ask_helper(helper: str, server: str) -> Credential | None:
+    program = f"docker-credential-{helper}"
+    if not _HELPER_NAME.fullmatch(helper):
+        raise CredentialsError(f"malformed name of a credential helper, {helper!r}")
+    with trio.move_on_after(_HELPER_DEADLINE) as patience:
+        try:
+            done = await trio.run_process(
+                [program, "get"],
+                stdin=server.encode(),
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+            )
+        except OSError as error:
+            raise CredentialsError(
+                f"cannot run {program} ({error.strerror})",
+                hint="install it, or take it out of docker's config.json",
+            ) from error
+    if patience.cancelled_caught:
+        raise CredentialsError(f"{program} does not answer within {_HELPER_DEADLINE:g} s")
+    return _helper_answer(program, server, done)
+
+
+def _helper_answer(
+    program: str, server: str, done: subprocess.CompletedProcess[bytes]
+) -> Credential | None:
+    if done.returncode != 0:
+        said = (done.stdout.strip() or done.stderr.strip()).decode(errors="replace")
+        if said.startswith(_NOT_FOUND):
+            return None
+        raise CredentialsError(f"{program} fails for {server} ({said[:200] or 'no reason given'})")
+    try:
+        answer = msgspec.json.decode(done.stdout, type=_HelperAnswer)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CredentialsError(f"{program} answers with something else than JSON") from error
+    if not answer.secret:
+        return None
+    if answer.username == _TOKEN_USERNAME:
+        return IdentityToken(answer.secret)
+    return Password(answer.username, answer.secret)

@@ -1,0 +1,49 @@
+"""From what a person types to an image that can be read or written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from snapshotter.registry.client import Registry
+from snapshotter.registry.layout import PREFIX, Layout
+from snapshotter.registry.push import RegistrySink
+from snapshotter.registry.reference import Reference
+from snapshotter.registry.session import Session
+
+if TYPE_CHECKING:
+    from snapshotter.registry.credentials import CredentialStore
+    from snapshotter.registry.image import ImageSink, ImageSource
+    from snapshotter.registry.transport import Transport
+
+
+class Locations:
+    """Opens images by name: `oci:PATH[:TAG]` or a reference. Shares connections and credentials."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        credentials: CredentialStore,
+        *,
+        plain_http: bool | None = None,
+    ) -> None:
+        """`plain_http` as for `endpoint_of`."""
+        self._transport = transport
+        self._credentials = credentials
+        self._plain_http = plain_http
+
+    def source(self, text: str) -> ImageSource:
+        """The image to read. Raises InvalidReferenceError or UnsupportedError."""
+        if text.startswith(PREFIX):
+            return Layout.parse(text)
+        return Registry(self._session(text))
+
+    def sink(self, text: str) -> ImageSink:
+        """The image to write. Raises as `source`."""
+        if text.startswith(PREFIX):
+            return Layout.parse(text)
+        return RegistrySink(self._session(text))
+
+    def _session(self, text: str) -> Session:
+        return Session(
+            Reference.parse(text), self._transport, self._credentials, plain_http=self._plain_http
+        )

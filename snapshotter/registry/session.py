@@ -1,0 +1,224 @@
+"""Requests to one repository: authorised, redirected, and with failures as typed errors."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin, urlsplit
+
+import trio
+
+from snapshotter.registry import auth
+from snapshotter.registry.endpoint import endpoint_of, is_loopback
+from snapshotter.registry.errors import (
+    ForbiddenError,
+    ProtocolError,
+    UnauthorizedError,
+)
+from snapshotter.registry.status import MAX_EXPLANATION, error_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping
+
+    from snapshotter.registry.credentials import CredentialStore
+    from snapshotter.registry.errors import RegistryError
+    from snapshotter.registry.reference import Reference
+    from snapshotter.registry.transport import Response, Transport
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MAX_REDIRECTS = 5
+
+
+class Session:
+    """One repository of one registry, and the authorisation to use it.
+
+    Authorization headers go to the registry's own scheme, host and port and nowhere else.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        transport: Transport,
+        credentials: CredentialStore,
+        *,
+        plain_http: bool | None = None,
+    ) -> None:
+        """`plain_http` as for `endpoint_of`."""
+        self.reference = reference
+        self.endpoint = endpoint_of(reference.registry, plain_http=plain_http)
+        self._transport = transport
+        self._credentials = credentials
+        self._challenge: auth.Challenge | None = None
+        self._basic: str | None = None
+        self._tokens = auth.TokenCache()
+        self._renewing = trio.Lock()
+
+    async def open(
+        self,
+        method: str,
+        target: str,
+        *,
+        what: str,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | AsyncGenerator[bytes, None] = b"",
+        follow: bool = True,
+        answer_within: float | None = None,
+    ) -> Response:
+        """The response to a request, whose status is then below 400; close it.
+
+        `target` is a URL, or a path within the repository. `what` names it in errors. Redirects of
+        GET and HEAD are followed if `follow`. A 401, or a 403 for credentials that may have
+        expired, is answered with new ones, once; but a streamed body cannot be sent twice: then
+        the error is transient. Raises RegistryErrors.
+        """
+        url = urljoin(f"{self.endpoint.base}{self.reference.repository}/", target)
+        scope = self._scope(method)
+        renewed = False
+        for _ in range(_MAX_REDIRECTS + 2):  # one more for the renewal
+            ours = self._is_ours(url)
+            authorization = await self._authorization(scope) if ours else None
+            response = await self._send(method, url, headers, authorization, body, answer_within)
+            if response.status >= 400:
+                error = await _failure(response, what)
+                if renewed or not ours or not await self._renew(response, authorization, scope):
+                    raise error
+                if not isinstance(body, bytes):
+                    error.transient = True
+                    raise error
+                renewed = True
+            elif response.status in _REDIRECTS and follow and method in ("GET", "HEAD"):
+                location = response.header("location")
+                await response.discard()
+                url = _redirect(url, location, what)
+            else:
+                return response
+        raise ProtocolError(f"{what}: more than {_MAX_REDIRECTS} redirects")
+
+    async def _send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str] | None,
+        authorization: str | None,
+        body: bytes | AsyncGenerator[bytes, None],
+        answer_within: float | None,
+    ) -> Response:
+        sent = dict(headers or {})
+        if authorization is not None:
+            sent["Authorization"] = authorization
+        if isinstance(body, bytes):
+            return await self._transport.open(method, url, sent, body, answer_within=answer_within)
+        async with aclosing(body):
+            return await self._transport.open(method, url, sent, body, answer_within=answer_within)
+
+    def _is_ours(self, url: str) -> bool:
+        try:
+            return self.endpoint.is_origin_of(url)
+        except ValueError as error:  # a port out of range
+            raise ProtocolError(f"{url[:200]!r} is not a URL to fetch from") from error
+
+    def _scope(self, method: str) -> str:
+        actions = "pull" if method in ("GET", "HEAD") else "pull,push"
+        return f"repository:{self.reference.repository}:{actions}"
+
+    async def _authorization(self, scope: str) -> str | None:
+        """The header to send by what earlier challenges taught; None before the first."""
+        if self._challenge is None or self._challenge.scheme == "basic":
+            return self._basic
+        if (held := self._held_token(self._challenge, scope)) is not None:
+            return held
+        async with self._renewing:
+            return self._held_token(self._challenge, scope) or await self._new_token(
+                self._challenge, scope
+            )
+
+    def _held_token(self, challenge: auth.Challenge, scope: str) -> str | None:
+        scopes = auth.scopes_of(challenge, scope)
+        token = self._tokens.get(challenge, scopes, trio.current_time())
+        return None if token is None else f"Bearer {token.value}"
+
+    async def _renew(self, response: Response, refused: str | None, scope: str) -> bool:
+        """Whether there is now another Authorization to try than the `refused` one."""
+        challenge = self._challenge
+        if response.status == 401:
+            offered = auth.parse_challenges(response.header_values("www-authenticate"))
+            by_scheme = {one.scheme: one for one in reversed(offered)}
+            challenge = by_scheme.get("bearer") or by_scheme.get("basic")
+        elif response.status != 403 or refused is None:
+            return False
+        if challenge is None:
+            return False
+        async with self._renewing:
+            self._challenge = challenge
+            if challenge.scheme == "basic":
+                if self._basic == refused:
+                    credential = await self._credentials.lookup(self.reference.registry)
+                    self._basic = None
+                    if isinstance(credential, auth.Password):
+                        self._basic = auth.basic(credential)
+                return self._basic is not None and self._basic != refused
+            if refused is not None:
+                self._tokens.drop(refused.removeprefix("Bearer "))
+            if self._held_token(challenge, scope) is None:
+                await self._new_token(challenge, scope)
+            return True
+
+    async def _new_token(self, challenge: auth.Challenge, scope: str) -> str:
+        scopes = auth.scopes_of(challenge, scope)
+        credential = await self._credentials.lookup(self.reference.registry)
+        request = auth.token_request(challenge, credential, scopes)
+        server = urlsplit(request.url)
+        host = server.netloc
+        if (
+            credential is not None
+            and (server.scheme, self.endpoint.scheme) == ("http", "https")
+            and not is_loopback(host)
+        ):
+            raise ProtocolError(
+                f"{self.endpoint.host} wants credentials sent to {host} without TLS"
+            )
+        try:
+            response = await self._transport.open(
+                request.method, request.url, request.headers, request.body
+            )
+            async with response:
+                if response.status >= 400:
+                    raise await _failure(response, f"login at {host}")
+                raw = await response.read(auth.MAX_TOKEN_ANSWER)
+        except (UnauthorizedError, ForbiddenError) as error:
+            raise UnauthorizedError(
+                f"{host} refuses the credentials for {self.reference.registry}"
+                if credential is not None
+                else f"{self.reference.name}: login required",
+                hint=f"docker login {self.reference.registry}",
+            ) from error
+        token = auth.parse_token(raw or b"", now=trio.current_time(), host=host)
+        self._tokens.put(challenge, scopes, token)
+        return f"Bearer {token.value}"
+
+
+async def _failure(response: Response, what: str) -> RegistryError:
+    """Read why a request failed, and close the response."""
+    async with response:
+        body = await response.read(MAX_EXPLANATION)
+    return error_of(
+        response.status,
+        what,
+        body=body or b"",
+        retry_after=response.header("retry-after"),
+        now=datetime.now(UTC),
+    )
+
+
+def _redirect(url: str, location: str | None, what: str) -> str:
+    """Where a redirect leads. ProtocolError if nowhere, or out of TLS."""
+    if not location:
+        raise ProtocolError(f"{what}: redirect to nowhere")
+    target = urljoin(url, location)
+    scheme = urlsplit(target).scheme
+    if scheme not in ("http", "https"):
+        raise ProtocolError(f"{what}: redirect to {target[:200]!r}")
+    if urlsplit(url).scheme == "https" and scheme == "http":
+        raise ProtocolError(f"{what}: redirect from TLS to plain HTTP at {urlsplit(target).netloc}")
+    return target

@@ -1,0 +1,87 @@
+"""Registries for these tests: a real one, and one that misbehaves."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from snapshotter.registry.client import Registry
+from snapshotter.registry.credentials import CredentialStore
+from snapshotter.registry.push import RegistrySink
+from snapshotter.registry.reference import Reference
+from snapshotter.registry.retry import RetryPolicy
+from snapshotter.registry.session import Session
+from snapshotter.registry.transport import Deadlines, Transport
+from tests.support.faults import FaultRegistry, fault_registry
+from tests.support.registry import RunningRegistry, docker_registry
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+QUICK = RetryPolicy(attempts=3, base=0.001)
+
+
+@pytest.fixture(scope="session")
+def real_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRegistry]:
+    """One docker-registry for all tests; each uses a repository of its own."""
+    with docker_registry(tmp_path_factory.mktemp("registry")) as registry:
+        yield registry
+
+
+@pytest.fixture
+async def faulty() -> AsyncIterator[FaultRegistry]:
+    """A registry that does what it is told."""
+    async with fault_registry() as registry:
+        yield registry
+
+
+@pytest.fixture
+async def blob_host() -> AsyncIterator[FaultRegistry]:
+    """Another server, for redirects to lead to."""
+    async with fault_registry() as registry:
+        yield registry
+
+
+@pytest.fixture
+async def transport() -> AsyncIterator[Transport]:
+    """Connections that lose patience soon."""
+    async with Transport(deadlines=Deadlines(connect=5, answer=5, stall=0.3)) as transport:
+        yield transport
+
+
+@pytest.fixture
+def credentials(tmp_path: Path) -> CredentialStore:
+    """The credentials in `tmp_path / "config.json"`: none, until a test writes it."""
+    return CredentialStore(tmp_path / "config.json")
+
+
+class Opener:
+    """Makes sources and sinks for references, with quick retries."""
+
+    def __init__(self, transport: Transport, credentials: CredentialStore) -> None:
+        self._transport = transport
+        self._credentials = credentials
+
+    def session(self, reference: str) -> Session:
+        return Session(Reference.parse(reference), self._transport, self._credentials)
+
+    def source(self, reference: str, policy: RetryPolicy = QUICK) -> Registry:
+        return Registry(self.session(reference), policy=policy)
+
+    def sink(self, reference: str) -> RegistrySink:
+        return RegistrySink(self.session(reference), policy=QUICK)
+
+
+@pytest.fixture
+def opener(transport: Transport, credentials: CredentialStore) -> Opener:
+    """Opens images in any registry."""
+    return Opener(transport, credentials)
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """Randomness that is the same in each run."""
+    return random.Random(20)

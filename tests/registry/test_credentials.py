@@ -1,0 +1,141 @@
+"""Credentials from docker's configuration and from real helper programs."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from snapshotter.registry.auth import IdentityToken, Password
+from snapshotter.registry.credentials import CredentialStore
+from snapshotter.registry.errors import CredentialsError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def encoded(pair: str) -> str:
+    return base64.b64encode(pair.encode()).decode()
+
+
+def store(directory: Path, document: object) -> CredentialStore:
+    path = directory / "config.json"
+    path.write_text(json.dumps(document))
+    return CredentialStore(path)
+
+
+def helper(directory: Path, name: str, script: str) -> None:
+    path = directory / f"docker-credential-{name}"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+async def test_entries(tmp_path: Path) -> None:
+    """Every form of entry is read, under a host or a URL of it."""
+    found = store(
+        tmp_path,
+        {
+            "auths": {
+                "a.io": {"auth": encoded("me:pass:word")},
+                "https://b.io:5000/v1/": {"username": "me", "password": "p"},
+                "c.io": {"identitytoken": "id", "auth": encoded("<token>:")},
+                "https://index.docker.io/v1/": {"auth": encoded("hub:p")},
+                "empty.io": {},
+            },
+            "HttpHeaders": {"x": "y"},
+        },
+    )
+    assert await found.lookup("a.io") == Password("me", "pass:word")
+    assert await found.lookup("b.io:5000") == Password("me", "p")
+    assert await found.lookup("c.io") == IdentityToken("id")
+    assert await found.lookup("docker.io") == Password("hub", "p")
+    assert await found.lookup("empty.io") is None
+    assert await found.lookup("b.io") is None
+
+
+async def test_no_file(tmp_path: Path) -> None:
+    """Nobody ever logged in: no credentials, no error."""
+    assert await CredentialStore(tmp_path / "config.json").lookup("a.io") is None
+
+
+async def test_docker_config_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """$DOCKER_CONFIG names the directory of the file."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    store(tmp_path, {"auths": {"a.io": {"auth": encoded("me:p")}}})
+    assert await CredentialStore().lookup("a.io") == Password("me", "p")
+
+
+async def test_changed_file(tmp_path: Path) -> None:
+    """A login or logout is noticed at the next look-up."""
+    found = store(tmp_path, {})
+    assert await found.lookup("a.io") is None
+    store(tmp_path, {"auths": {"a.io": {"auth": encoded("me:p")}}})
+    assert await found.lookup("a.io") == Password("me", "p")
+    (tmp_path / "config.json").unlink()
+    assert await found.lookup("a.io") is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"auths": 1}', "\ud800"])
+async def test_malformed_file(tmp_path: Path, content: str) -> None:
+    """A broken file is named in the error."""
+    path = tmp_path / "config.json"
+    path.write_bytes(content.encode(errors="surrogatepass"))
+    with pytest.raises(CredentialsError, match=str(path)):
+        await CredentialStore(path).lookup("a.io")
+
+
+async def test_auth_that_is_not_base64(tmp_path: Path) -> None:
+    """A broken entry is an error for its own registry only."""
+    found = store(tmp_path, {"auths": {"a.io": {"auth": "?"}, "b.io": {"auth": encoded("x:y")}}})
+    assert await found.lookup("b.io") == Password("x", "y")
+    with pytest.raises(CredentialsError, match=r"a\.io"):
+        await found.lookup("a.io")
+
+
+async def test_helpers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry's own helper comes before the general store, and both before the file."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    answer = '{"ServerURL":"%s","Username":"%s","Secret":"%s"}'
+    helper(tmp_path, "one", f'read s; printf \'{answer}\' "$s" "$s" one-$1')
+    helper(tmp_path, "all", f"read s; printf '{answer}' \"$s\" '<token>' \"$s\"")
+    found = store(
+        tmp_path,
+        {
+            "credsStore": "all",
+            "credHelpers": {"a.io": "one"},
+            "auths": {"a.io": {"auth": encoded("file:p")}},
+        },
+    )
+    assert await found.lookup("a.io") == Password("a.io", "one-get")
+    assert await found.lookup("b.io") == IdentityToken("b.io")
+    assert await found.lookup("docker.io") == IdentityToken("https://index.docker.io/v1/")
+
+
+async def test_helper_that_knows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A helper without an entry leaves the file's."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    helper(tmp_path, "none", "echo credentials not found in native keychain; exit 1")
+    auths = {"a.io": {"auth": encoded("file:p")}}
+    found = store(tmp_path, {"credsStore": "none", "auths": auths})
+    assert await found.lookup("a.io") == Password("file", "p")
+    assert await found.lookup("b.io") is None
+
+
+@pytest.mark.parametrize("script", ["echo boom >&2; exit 3", "echo nonsense", None])
+async def test_helper_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None
+) -> None:
+    """A helper that fails, talks nonsense, or is missing is named in the error."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    if script is not None:
+        helper(tmp_path, "bad", script)
+    with pytest.raises(CredentialsError, match="docker-credential-bad"):
+        await store(tmp_path, {"credsStore": "bad"}).lookup("a.io")
+
+
+async def test_helper_name_is_not_a_path(tmp_path: Path) -> None:
+    """The configuration cannot name a program outside PATH."""
+    with pytest.raises(CredentialsError, match="malformed name"):
+        await store(tmp_path, {"credsStore": "../../x"}).lookup("a.io")
