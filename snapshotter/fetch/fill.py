@@ -1,0 +1,163 @@
+"""Background fill: makes an image fully local, and proves that it is the image."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+from typing import TYPE_CHECKING
+
+import trio
+
+from index.errors import IntegrityError
+from index.tables import Codec
+from snapshotter.fetch.errors import FetchError
+from snapshotter.store.errors import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from snapshotter.fetch.layer import LazyLayer
+    from snapshotter.fetch.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+WINDOW = 256
+"""Chunks (64 MiB) that are wanted together: the scheduler cuts them into runs of 16 MiB."""
+
+WINDOWS = 3
+"""Windows that are wanted at once: enough to keep every connection of fill busy while one ends."""
+
+HASH_PIECE = 4 << 20
+"""Bytes of raw space hashed in one go: some 3 ms."""
+
+FIRST_PAUSE = 5.0
+LONGEST_PAUSE = 300.0
+"""Seconds before what failed is tried again; doubled while nothing gets better."""
+
+
+class ImageFill:
+    """Fills the layers of one mounted image. `run` it once, in a task of its own.
+
+    `fully_local` is set when every chunk of every layer is present, synced, and raw space hashes
+    to each layer's diff_id. `problem` is what holds it up at the moment, in one line, or empty.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LazyLayer],
+        scheduler: Scheduler,
+        *,
+        quarantine: Callable[[LazyLayer, IntegrityError], None],
+    ) -> None:
+        """`quarantine` is called with a layer that has every chunk that the file index promises,
+        but is not the layer that the image names: the index lies."""
+        # Small layers first: they are many, on top, and close to what a container runs.
+        self._layers = sorted(layers, key=lambda layer: layer.table.blob_size)
+        self._scheduler = scheduler
+        self._quarantine = quarantine
+        self._proven: set[LazyLayer] = set()
+        self._windows: deque[tuple[LazyLayer, int, int]] = deque()
+        self.fully_local = trio.Event()
+        self.problem = ""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of raw space in all layers."""
+        return sum(layer.table.raw_size for layer in self._layers)
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes of raw space that are present."""
+        return sum(layer.stored.present_bytes for layer in self._layers)
+
+    async def run(self) -> None:
+        """Fill until fully local, or until a layer has been quarantined.
+
+        What fails is tried again, ever more seldom, for as long as this is not cancelled.
+        """
+        pause = FIRST_PAUSE
+        while True:
+            before = self.done_bytes
+            self.problem = ""
+            try:
+                await self._pass()
+            except IntegrityError as error:
+                self.problem = str(error)
+                return
+            if len(self._proven) == len(self._layers):
+                self.fully_local.set()
+                return
+            pause = FIRST_PAUSE if self.done_bytes > before else min(LONGEST_PAUSE, 2 * pause)
+            log.warning("fill goes on in %.0f s: %s", pause, self.problem)
+            await trio.sleep(pause)
+
+    async def _pass(self) -> None:
+        """Ask once for all that is missing. Raises IntegrityError after a quarantine."""
+        self._windows.clear()
+        for layer in self._layers:
+            table = layer.table
+            # A stream with one seek point is fetched front to back in one run.
+            seekable = table.codec is Codec.PLAIN or len(table.raw_offsets) > 1
+            step = WINDOW if seekable else max(1, table.chunk_count)
+            self._windows += [
+                (layer, first, min(first + step, table.chunk_count) - 1)
+                for first in range(0, table.chunk_count, step)
+            ]
+        async with trio.open_nursery() as nursery:
+            for _ in range(WINDOWS):
+                nursery.start_soon(self._fill_windows)
+        for layer in self._layers:
+            await self._prove(layer)
+
+    async def _fill_windows(self) -> None:
+        while self._windows:
+            layer, first, last = self._windows.popleft()
+            missing = layer.stored.missing(first, last)
+            try:
+                await self._scheduler.fill(layer.origin, missing)
+            except FetchError as error:
+                self.problem = str(error)
+
+    async def _prove(self, layer: LazyLayer) -> None:
+        """Compare a complete layer with its diff_id. Raises IntegrityError after a quarantine."""
+        table, stored = layer.table, layer.stored
+        if layer in self._proven or not stored.complete:
+            return
+        try:
+            if stored.proven_diff_id != table.diff_id:
+                found = await self._hash(layer)
+                if found != table.diff_id:
+                    await self._blame(layer, found)
+                    return
+                await trio.to_thread.run_sync(stored.record_diff_id, found)
+        except StoreError as error:
+            self.problem = str(error)
+            return
+        self._proven.add(layer)
+
+    async def _hash(self, layer: LazyLayer) -> bytes:
+        hasher = hashlib.sha256()
+        size = layer.table.raw_size
+        for start in range(0, size, HASH_PIECE):
+            await self._scheduler.give_way()
+            end = min(start + HASH_PIECE, size)
+            await trio.to_thread.run_sync(layer.stored.hash_raw, hasher, start, end)
+        return hasher.digest()
+
+    async def _blame(self, layer: LazyLayer, found: bytes) -> None:
+        """Is it the disk, whose chunks are fetched again, or the file index?"""
+        for chunk in range(layer.table.chunk_count):
+            await self._scheduler.give_way()
+            await trio.to_thread.run_sync(layer.stored.check, chunk)
+        if not layer.stored.complete:
+            self.problem = f"chunks of {layer.table} were damaged on disk"
+            return
+        error = IntegrityError(
+            f"{layer.table} unpacks to sha256:{found.hex()} "
+            f"instead of sha256:{layer.table.diff_id.hex()}",
+            hint="its file index is wrong: remove it and build another",
+        )
+        log.error("%s", error)
+        self._quarantine(layer, error)
+        raise error

@@ -1,0 +1,158 @@
+"""A layer that can be read although it is not here yet: the way of one read.
+
+view -> LazyLayer.read_now -> (store)
+     -> LazyLayer.read     -> Scheduler.read -> run -> source, decoder, store -> bytes
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from index.errors import FormatError
+from index.tables import CHUNK_SIZE
+from snapshotter.fetch.errors import FetchError
+from snapshotter.fetch.readahead import SequentialReaders
+from snapshotter.fetch.source import Origin
+from snapshotter.fetch.wants import Priority
+
+if TYPE_CHECKING:
+    from index.tables import LayerTable
+    from snapshotter.fetch.scheduler import Scheduler
+    from snapshotter.fetch.source import BlobSource
+    from snapshotter.fetch.startup import StartupRecorder
+    from snapshotter.store.layer import StoredLayer
+
+ATTEMPTS = 3
+"""Times that a chunk may turn out to be damaged on disk, right after it was stored, before the
+reader is told: the disk is broken then."""
+
+
+class LazyLayer:
+    """One layer of a mounted image. For the trio thread.
+
+    `stored` is an opened layer that this object closes; `number` is what `recorder` calls it.
+    """
+
+    def __init__(
+        self,
+        table: LayerTable,
+        stored: StoredLayer,
+        source: BlobSource,
+        scheduler: Scheduler,
+        *,
+        recorder: StartupRecorder | None = None,
+        number: int = 0,
+    ) -> None:
+        self.table = table
+        self.stored = stored
+        self.origin = Origin(table, stored, source)
+        self._scheduler = scheduler
+        self._recorder = recorder
+        self._number = number
+        self._readers = SequentialReaders()
+        self._latest = (-1, -1)
+        self._closed = False
+
+    def read_now(self, raw_offset: int, length: int) -> bytes | memoryview | None:
+        """Bytes of raw space if they are here and no disk has to be waited for; else None.
+
+        Raises FormatError if the range is not within raw space.
+        """
+        first, last = self._chunks(raw_offset, length)
+        if (first, last) != self._latest:
+            self._note(first, last)
+        if first == last:
+            data = self.stored.peek(first)
+            start = raw_offset - first * CHUNK_SIZE
+            return None if data is None else memoryview(data)[start : start + length]
+        parts: dict[int, bytes | memoryview] = {}
+        for chunk in range(first, last + 1):
+            data = self.stored.peek(chunk)
+            if data is None:
+                return None
+            parts[chunk] = data
+        return _assemble(parts, raw_offset, length)
+
+    async def read(self, raw_offset: int, length: int) -> bytes | memoryview:
+        """Bytes of raw space, fetched if need be. No checkpoint if they are at hand.
+
+        Raises FormatError if the range is not within raw space, FetchError if the bytes cannot be
+        had; reading again starts afresh.
+        """
+        ready = self.read_now(raw_offset, length)
+        if ready is not None:
+            return ready
+        if self._closed:
+            raise FetchError(f"{self.table} was unmounted")
+        first, last = self._chunks(raw_offset, length)
+        self.stored.retain()
+        try:
+            return _assemble(await self._collect(first, last), raw_offset, length)
+        finally:
+            self.stored.close()
+
+    async def _collect(self, first: int, last: int) -> dict[int, bytes | memoryview]:
+        stored = self.stored
+        parts: dict[int, bytes | memoryview] = {}
+        for _ in range(ATTEMPTS):
+            absent = []
+            for chunk in range(first, last + 1):
+                if chunk not in parts:
+                    data = stored.peek(chunk)
+                    if data is None and stored.has(chunk):
+                        data = await trio.to_thread.run_sync(stored.read, chunk)
+                    if data is None:
+                        absent.append(chunk)
+                    else:
+                        parts[chunk] = data
+            if not absent:
+                return parts
+            parts.update(await self._scheduler.read(self.origin, absent))
+            if len(parts) == last - first + 1:
+                return parts
+        raise FetchError(
+            f"{self.table} cannot be read: chunks are damaged as soon as they are stored",
+            hint=f"check the disk under {stored.raw_path}",
+        )
+
+    def _chunks(self, raw_offset: int, length: int) -> tuple[int, int]:
+        if raw_offset < 0 or length <= 0 or raw_offset + length > self.table.raw_size:
+            raise FormatError(
+                f"{length} bytes at {raw_offset} are not within the "
+                f"{self.table.raw_size} bytes of {self.table}"
+            )
+        return raw_offset // CHUNK_SIZE, (raw_offset + length - 1) // CHUNK_SIZE
+
+    def _note(self, first: int, last: int) -> None:
+        self._latest = (first, last)
+        if self._recorder is not None:
+            self._recorder.touch(self._number, first, last)
+        ahead = self._readers.advance(first, last)
+        if ahead and not self.stored.complete and not self._closed:
+            within = range(ahead.start, min(ahead.stop, self.table.chunk_count))
+            self._scheduler.advise(self.origin, within, Priority.READAHEAD)
+
+    def close(self) -> None:
+        """The image is unmounted: reads that wait get FetchError."""
+        if not self._closed:
+            self._closed = True
+            self._scheduler.detach(self.origin)
+            self.stored.close()
+
+
+def _assemble(
+    parts: dict[int, bytes | memoryview], raw_offset: int, length: int
+) -> bytes | memoryview:
+    """The wanted bytes out of the consecutive chunks that hold them."""
+    first = min(parts)
+    start = raw_offset - first * CHUNK_SIZE
+    if len(parts) == 1:
+        return memoryview(parts[first])[start : start + length]
+    last = max(parts)
+    end = raw_offset + length - last * CHUNK_SIZE
+    pieces = [memoryview(parts[chunk]) for chunk in range(first, last + 1)]
+    pieces[0] = pieces[0][start:]
+    pieces[-1] = pieces[-1][:end]
+    return b"".join(pieces)

@@ -1,0 +1,292 @@
+"""Who decides which bytes to fetch next: one scheduler for the node, strict classes.
+
+A read that misses the store *wants* chunks. Wanted chunks that lie together become a *run*, as
+soon as a connection is free for their class; a run that will pass a wanted chunk anyway brings
+it. So every chunk is in flight once, however many containers read it.
+
+Background fill gives way: while anybody is blocked, runs that bring nothing more urgent than fill
+neither start a request nor read on, except for one piece each `give_way` seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from index.errors import FirstByteError
+from snapshotter.fetch.errors import FetchError
+from snapshotter.fetch.plan import plan_run
+from snapshotter.fetch.stats import FetchStats
+from snapshotter.fetch.transfer import Transfer
+from snapshotter.fetch.wants import MOST_URGENT_FIRST, Priority, Waiter, Want, WantTable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Mapping
+
+    from snapshotter.fetch.run import Run
+    from snapshotter.fetch.source import Origin
+
+log = logging.getLogger(__name__)
+
+DETOUR = 512 << 10
+"""Compressed bytes: how far a run in flight may be from a chunk that somebody is blocked on and
+still be the one to bring it. 20 ms at 200 Mbit/s, about the round trip that a run of its own
+would cost. A guess at a usual link."""
+
+CONNECTIONS: Mapping[Priority, int] = {
+    Priority.FILL: 4,
+    Priority.STARTUP: 6,
+    Priority.READAHEAD: 8,
+    Priority.BLOCKED: 12,
+}
+"""A run starts while fewer than this many run, of whatever class: each class leaves some
+connections to the more urgent ones."""
+
+MAX_ADVICE = 4096
+"""Chunks of one class (1 GiB) that may be wanted without anybody waiting; more is ignored."""
+
+MAX_READERS = 1024
+"""Reads that may be blocked at once; others wait until one is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to wait, in seconds.
+
+    `read`: a blocked read fails after so long without any progress on its way. `source`: a
+    request counts as failed after so long without a byte. `give_way`: fill reads a piece after so
+    long, even if somebody is blocked all the time.
+    """
+
+    read: float = 120
+    source: float = 30
+    give_way: float = 1
+
+
+class Scheduler:
+    """Made by `open_scheduler`. All methods are for the trio thread."""
+
+    def __init__(self, nursery: trio.Nursery, patience: Patience) -> None:
+        self.stats = FetchStats()
+        self.wants = WantTable()
+        self._nursery = nursery
+        self._patience = patience
+        self._runs: set[Run] = set()
+        self._workers = 0
+        self._readers = trio.Semaphore(MAX_READERS)
+        self._transfer = Transfer(
+            self.wants,
+            self.stats,
+            source_timeout=patience.source,
+            give_way=patience.give_way,
+            decoders=trio.CapacityLimiter(os.cpu_count() or 1),
+        )
+        self._closed = False
+
+    # --- what others ask for ---
+
+    async def read(self, origin: Origin, chunks: Iterable[int]) -> dict[int, bytes]:
+        """Bring chunks that a reader is blocked on, and return their verified bytes.
+
+        Chunks that the store has meanwhile are left out. Raises FetchError.
+        """
+        try:
+            self._readers.acquire_nowait()
+        except trio.WouldBlock:
+            await self._readers.acquire()
+        try:
+            waiter = self._want(origin, chunks, Priority.BLOCKED)
+            if waiter.pending:
+                await self._wait(waiter)
+            return waiter.arrived
+        finally:
+            self._readers.release()
+
+    async def fill(self, origin: Origin, chunks: Iterable[int]) -> None:
+        """Bring chunks into the store, when nothing else is to be done, however long that takes.
+
+        Raises FetchError, also if the disk does not take them.
+        """
+        waiter = self._want(origin, chunks, Priority.FILL)
+        if waiter.pending:
+            await self._wait(waiter)
+
+    async def give_way(self) -> None:
+        """Pause background work, briefly, while somebody is blocked."""
+        await self._transfer.give_way()
+
+    def advise(self, origin: Origin, chunks: Iterable[int], priority: Priority) -> None:
+        """Chunks that will probably be read. Nobody is told whether they came."""
+        for chunk in chunks:
+            if self._closed or self.wants.count(priority) >= MAX_ADVICE:
+                break
+            if not origin.stored.has(chunk):
+                self._place(self.wants.advise(origin, chunk, priority))
+        self._wake()
+
+    def replay(self, touches: Iterable[tuple[Origin, int]]) -> None:
+        """Bring the chunks that earlier starts touched, in that order."""
+        for origin, chunk in touches:
+            self.advise(origin, (chunk,), Priority.STARTUP)
+
+    def detach(self, origin: Origin) -> None:
+        """An image goes away: its readers get FetchError, runs that use its source end.
+
+        What others want of the same content is fetched from theirs.
+        """
+        self.wants.withdraw(origin, FetchError(f"{origin.table} was unmounted"))
+        for run in self._runs:
+            if run.origin is origin:
+                run.scope.cancel()
+        self._transfer.notice()
+
+    # --- waiting ---
+
+    def _want(self, origin: Origin, chunks: Iterable[int], priority: Priority) -> Waiter:
+        if self._closed:
+            raise FetchError(f"{origin.table} cannot be fetched: FirstByte is shutting down")
+        waiter = Waiter(origin, priority)
+        for chunk in chunks:
+            if not origin.stored.has(chunk):
+                self._place(self.wants.want(waiter, chunk))
+        self._wake()
+        return waiter
+
+    async def _wait(self, waiter: Waiter) -> None:
+        try:
+            if waiter.priority is Priority.BLOCKED:
+                await self._wait_patiently(waiter)
+            else:
+                await waiter.done.wait()
+        finally:
+            if waiter.pending:
+                self._abandon(waiter)
+        if waiter.error is not None:
+            message = f"{waiter.origin.table} cannot be read: {waiter.error}"
+            raise FetchError(message) from waiter.error
+
+    async def _wait_patiently(self, waiter: Waiter) -> None:
+        """A stream with one seek point may take long to pass a chunk, so progress counts."""
+        patience = self._patience.read
+        deadline = trio.current_time() + patience
+        while deadline > trio.current_time():
+            with trio.move_on_at(deadline):
+                await waiter.done.wait()
+                return
+            runs = [want.run for want in waiter.pending.values() if want.run is not None]
+            deadline = max((run.progressed_at + patience for run in runs), default=-math.inf)
+        raise FetchError(
+            f"{waiter.origin.table} cannot be read: no byte has come for {patience:g} seconds",
+            hint="is the registry reachable?",
+        )
+
+    def _abandon(self, waiter: Waiter) -> None:
+        for run in self.wants.leave(waiter):
+            if not run.expensive_to_leave:
+                run.scope.cancel()
+        self._transfer.notice()
+
+    # --- who brings what ---
+
+    def _place(self, want: Want) -> None:
+        """Let a run in flight bring the chunk, unless one of its own would be much sooner."""
+        blocked = want.priority is Priority.BLOCKED
+        run = want.run
+        if run is not None:
+            if not blocked:
+                return
+            if run.ahead(want.chunk) > DETOUR:
+                for chunk in [chunk for chunk in run.wants if chunk >= want.chunk]:
+                    self.wants.give_back(run.wants[chunk])
+                run.stop_before(want.chunk)
+            else:
+                self._transfer.nudge(run)
+            return
+        for run in want.layer.runs:
+            if run.scope.cancel_called or not run.covers(want.chunk):
+                continue
+            if not blocked or run.ahead(want.chunk) <= DETOUR:
+                self.wants.take(want, run)
+                if blocked:
+                    self._transfer.nudge(run)
+                return
+
+    def _wake(self) -> None:
+        """See to it that somebody looks at the queues."""
+        if self._closed or not any(self.wants.queues.values()):
+            return
+        if self._workers < CONNECTIONS[Priority.BLOCKED]:
+            self._workers += 1
+            self._nursery.start_soon(self._work)
+        elif self.wants.queues[Priority.BLOCKED]:
+            for run in self._runs:
+                if not run.wants:  # only finishing what it has begun
+                    run.scope.cancel()
+                    break
+
+    async def _work(self) -> None:
+        """Execute runs until there is none that may start."""
+        try:
+            while (run := self._next_run()) is not None:
+                self._wake()
+                await self._execute(run)
+        finally:
+            self._workers -= 1
+
+    def _next_run(self) -> Run | None:
+        for priority in MOST_URGENT_FIRST:
+            queue = self.wants.queues[priority]
+            while queue and len(self._runs) < CONNECTIONS[priority]:
+                want = next(iter(queue))
+                try:
+                    run = plan_run(self.wants, want)
+                except FirstByteError as error:
+                    self.wants.fail(want, error)
+                    continue
+                self._runs.add(run)
+                return run
+        return None
+
+    async def _execute(self, run: Run) -> None:
+        """Bring what a run was made for; whatever it leaves undone is wanted again."""
+        stored = run.origin.stored
+        stored.retain()
+        run.layer.runs.append(run)
+        try:
+            with run.scope:
+                await self._transfer.carry_out(run)
+        finally:
+            stored.close()
+            run.layer.runs.remove(run)
+            self._runs.remove(run)
+            for want in list(run.wants.values()):
+                self.wants.give_back(want)
+            self.wants.discard_idle(run.layer)
+            self._transfer.notice()
+
+    def close(self) -> None:
+        """Tell everybody who waits that nothing will come any more."""
+        self._closed = True
+        error = FetchError("FirstByte is shutting down")
+        for layer in self.wants.layers():
+            for want in list(layer.wants.values()):
+                if want.priority is not None:
+                    self.wants.fail(want, error)
+
+
+@asynccontextmanager
+async def open_scheduler(patience: Patience = Patience()) -> AsyncIterator[Scheduler]:
+    """A scheduler that works until the block ends; who still waits then gets FetchError."""
+    async with trio.open_nursery() as nursery:
+        scheduler = Scheduler(nursery, patience)
+        try:
+            yield scheduler
+        finally:
+            scheduler.close()
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,86 @@
+"""What the node knows about images it has mounted: mounting again needs no network."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from index.errors import FormatError
+from snapshotter.store.durable import (
+    discard_temporaries,
+    make_directory,
+    remove_file,
+    write_file,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class ImageRecord(msgspec.Struct, frozen=True):
+    """One image, pinned by digest. Kept as JSON, bytes in base64.
+
+    `manifest_digest` is in OCI's form (sha256:...) and is that of the bytes in `manifest`;
+    `config` is the configuration blob as it came. `index_digest` is the file index's, 32 bytes.
+    `trust` says where that came from: `annotation`, `referrer` or `local`.
+    """
+
+    reference: str
+    manifest_digest: str
+    manifest: bytes
+    config: bytes
+    index_digest: bytes
+    trust: str
+
+
+class ImageStore:
+    """`<root>/images/<hex of the manifest's digest>.json`, each written as a whole, durably."""
+
+    def __init__(self, root: Path) -> None:
+        """Raises StoreError if the directory cannot be made."""
+        self._directory = root / "images"
+        make_directory(self._directory)
+        discard_temporaries(self._directory)
+
+    def get(self, manifest_digest: str) -> ImageRecord | None:
+        """The record, or None if there is none; a damaged one is logged and counts as none."""
+        path = self._path(manifest_digest)
+        try:
+            record = msgspec.json.decode(path.read_bytes(), type=ImageRecord)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError) as error:
+            log.error("%s cannot be read: %s", path, error)
+            return None
+        found = f"sha256:{hashlib.sha256(record.manifest).hexdigest()}"
+        if record.manifest_digest != manifest_digest or found != manifest_digest:
+            log.error("%s is damaged: it holds the manifest %s", path, found)
+            return None
+        return record
+
+    def put(self, record: ImageRecord) -> None:
+        """Keep a record, in place of the image's former one. Raises StoreError."""
+        write_file(self._path(record.manifest_digest), [msgspec.json.encode(record)])
+
+    def remove(self, manifest_digest: str) -> None:
+        """Forget an image; one that is not there is fine. Raises StoreError."""
+        remove_file(self._path(manifest_digest))
+
+    def all(self) -> list[ImageRecord]:
+        """Every readable record."""
+        names = sorted(path.stem for path in self._directory.glob("*.json"))
+        records = (self.get(f"sha256:{name}") for name in names if len(name) == 64)
+        return [record for record in records if record is not None]
+
+    def _path(self, manifest_digest: str) -> Path:
+        if not _DIGEST.fullmatch(manifest_digest):
+            raise FormatError(f"{manifest_digest!r} is no SHA-256 digest")
+        return self._directory / f"{manifest_digest.removeprefix('sha256:')}.json"

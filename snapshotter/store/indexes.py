@@ -1,0 +1,47 @@
+"""Expanded file indexes on the node, by digest: mounting again needs no network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from snapshotter.store.durable import (
+    discard_temporaries,
+    make_directory,
+    remove_file,
+    write_file,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+
+class IndexStore:
+    """`<root>/indexes/<digest>.index`. What is under a name is there as a whole.
+
+    Contents are the caller's to verify: `FileIndex` compares every section when it opens.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Raises StoreError if the directory cannot be made."""
+        self._directory = root / "indexes"
+        make_directory(self._directory)
+        discard_temporaries(self._directory)
+
+    def get(self, digest: bytes) -> Path | None:
+        """Where the index with this digest (32 bytes) is, or None."""
+        path = self._path(digest)
+        return path if path.exists() else None
+
+    def put(self, digest: bytes, data: bytes | memoryview | Iterable[bytes]) -> Path:
+        """Keep an expanded index durably. Raises StoreError."""
+        path = self._path(digest)
+        write_file(path, [data] if isinstance(data, bytes | memoryview) else data)
+        return path
+
+    def remove(self, digest: bytes) -> None:
+        """Forget an index; one that is not there is fine. Raises StoreError."""
+        remove_file(self._path(digest))
+
+    def _path(self, digest: bytes) -> Path:
+        return self._directory / f"{digest.hex()}.index"

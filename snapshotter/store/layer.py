@@ -1,0 +1,282 @@
+"""One layer's chunks on disk: nothing unverified goes in or comes out.
+
+The order of writes makes a crash harmless at any instant:
+
+    verify -> write raw -> (batched, `flush`) sync raw -> set bits -> sync bits
+
+A bit is durable only after the data it vouches for. In memory a chunk counts as present as soon
+as it is written; what was not flushed when the power went is simply fetched again.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from index.errors import IntegrityError
+from index.tables import CHUNK_SIZE
+from snapshotter.store.durable import remove_file, sync_directory, write_file
+from snapshotter.store.errors import StoreError, store_error
+from snapshotter.store.presence import PresenceFile
+
+if TYPE_CHECKING:
+    import hashlib
+    from pathlib import Path
+
+    from index.tables import LayerTable
+    from snapshotter.store.cache import VerifiedCache
+
+log = logging.getLogger(__name__)
+
+COMPLAINT_INTERVAL = 60.0
+"""Seconds between two log lines about a disk that refuses chunks: a guess at what an
+administrator wants to see of a full disk."""
+
+
+class StoredLayer:
+    """A layer's raw file and bitmap. Thread-safe. Made by `LayerStore.open` alone."""
+
+    def __init__(
+        self, directory: Path, table: LayerTable, key: bytes, cache: VerifiedCache
+    ) -> None:
+        self.table = table
+        self.key = key
+        self.raw_path = directory / "raw"
+        self._cache = cache
+        self._diff_id_path = directory / "diff_id"
+        self._users = 1
+        self._lock = threading.Lock()
+        self._flush_lock = threading.Lock()
+        self._dirty: set[int] = set()
+        self._unsynced_clears = False
+        self._next_complaint = 0.0
+        self._presence = PresenceFile(directory / "present", table)
+        try:
+            self._raw = os.open(self.raw_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if os.fstat(self._raw).st_size != table.raw_size:
+                os.ftruncate(self._raw, table.raw_size)
+                os.fsync(self._raw)
+            sync_directory(directory)
+        except OSError as error:
+            self._presence.close()
+            raise store_error(error, self.raw_path, "cannot open") from error
+        self._present = self._presence.present()
+        self._present_count = self._present.count(1)
+
+    # --- what is there ---
+
+    def has(self, chunk: int) -> bool:
+        return bool(self._present[chunk])
+
+    def missing(self, first: int, last: int) -> list[int]:
+        """The chunks of `first` … `last` inclusive that are not present."""
+        present = self._present
+        return [chunk for chunk in range(first, last + 1) if not present[chunk]]
+
+    @property
+    def complete(self) -> bool:
+        return self._present_count == len(self._present)
+
+    @property
+    def present_bytes(self) -> int:
+        """Bytes of raw space that are present."""
+        last = len(self._present) - 1
+        if last < 0:
+            return 0
+        short = CHUNK_SIZE - self.table.chunk_length(last) if self._present[last] else 0
+        return self._present_count * CHUNK_SIZE - short
+
+    @property
+    def dirty_bytes(self) -> int:
+        """About how many bytes were written since the last flush."""
+        return len(self._dirty) * CHUNK_SIZE
+
+    def disk_usage(self) -> int:
+        """Bytes of disk that raw space takes."""
+        return 512 * os.fstat(self._raw).st_blocks
+
+    # --- reading ---
+
+    def peek(self, chunk: int) -> bytes | memoryview | None:
+        """The chunk if that needs no wait for a disk: just verified, or in the page cache."""
+        data = self._cache.get(self.key, chunk)
+        if data is not None or not self._present[chunk]:
+            return data
+        buffer = bytearray(self.table.chunk_length(chunk))
+        try:
+            length = os.preadv(self._raw, [buffer], chunk * CHUNK_SIZE, os.RWF_NOWAIT)
+        except OSError:  # not in memory, or a file system that cannot tell: `read` does it
+            return None
+        return self._verified(chunk, buffer) if length == len(buffer) else None
+
+    def read(self, chunk: int) -> bytes | memoryview | None:
+        """The chunk, verified whenever it comes from the disk, or None if it is not present.
+
+        A chunk that turns out to be damaged or unreadable is dropped and not present any more.
+        """
+        data = self._cache.get(self.key, chunk)
+        return self.check(chunk) if data is None else data
+
+    def check(self, chunk: int) -> memoryview | None:
+        """`read`, from the disk in any case."""
+        if not self._present[chunk]:
+            return None
+        buffer = bytearray(self.table.chunk_length(chunk))
+        try:
+            length = os.preadv(self._raw, [buffer], chunk * CHUNK_SIZE)
+        except OSError as error:
+            self.drop(chunk, f"cannot be read: {error.strerror}")
+            return None
+        return self._verified(chunk, buffer[:length])
+
+    def _verified(self, chunk: int, buffer: bytearray) -> memoryview | None:
+        try:
+            self.table.verify(chunk, buffer)
+        except IntegrityError:
+            self.drop(chunk, "is damaged")
+            return None
+        data = memoryview(buffer).toreadonly()
+        self._cache.put(self.key, chunk, data)
+        return data
+
+    def drop(self, chunk: int, why: str) -> None:
+        """Stop believing a chunk on disk; logged. It will be fetched again."""
+        log.error(
+            "chunk %d of %s (%s, offset %d) %s: it is fetched again",
+            chunk,
+            self.table,
+            self.raw_path,
+            chunk * CHUNK_SIZE,
+            why,
+        )
+        with self._lock:
+            self._forget(chunk)
+            try:
+                self._presence.clear([chunk])
+            except OSError as error:
+                log.warning("cannot clear a bit of %s: %s", self.raw_path.parent, error.strerror)
+            self._unsynced_clears = True
+        try:
+            remove_file(self._diff_id_path)
+        except StoreError as error:
+            log.warning("%s", error)
+
+    def _forget(self, chunk: int) -> None:
+        self._present_count -= self._present[chunk]
+        self._present[chunk] = 0
+        self._dirty.discard(chunk)
+
+    # --- writing ---
+
+    def write(self, chunk: int, data: bytes, *, remember: bool = True) -> None:
+        """Verify a chunk, keep it and call it present; `remember` puts it into the memory, too.
+
+        Raises IntegrityError if these are not the chunk's bytes, and StoreError (StoreFullError)
+        if the disk does not take them: they are verified then, but not present.
+        """
+        self.table.verify(chunk, data)
+        if remember:
+            self._cache.put(self.key, chunk, data)
+        try:
+            self._write_raw(data, chunk * CHUNK_SIZE)
+        except OSError as error:
+            problem = store_error(error, self.raw_path, "cannot write")
+            self._complain(problem)
+            raise problem from error
+        with self._lock:
+            self._present_count += 1 - self._present[chunk]
+            self._present[chunk] = 1
+            self._dirty.add(chunk)
+
+    def _write_raw(self, data: bytes, offset: int) -> None:
+        written = os.pwrite(self._raw, data, offset)
+        while written < len(data):  # a disk that is nearly full takes a part first
+            more = os.pwrite(self._raw, memoryview(data)[written:], offset + written)
+            if not more:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            written += more
+
+    def _complain(self, problem: StoreError) -> None:
+        now = time.monotonic()
+        if now >= self._next_complaint:
+            self._next_complaint = now + COMPLAINT_INTERVAL
+            log.warning("chunks of %s are served but not kept: %s", self.table, problem)
+
+    def flush(self) -> None:
+        """Make durable what was written before the call. Blocks; raises StoreError.
+
+        Chunks whose sync failed are not present any more: the kernel may have dropped them.
+        """
+        with self._flush_lock:
+            with self._lock:
+                chunks, self._dirty = self._dirty, set()
+                if not chunks and not self._unsynced_clears:
+                    return
+                self._unsynced_clears = False
+            try:
+                os.fdatasync(self._raw)
+            except OSError as error:
+                with self._lock:
+                    for chunk in chunks:
+                        self._forget(chunk)
+                raise store_error(error, self.raw_path, "cannot sync") from error
+            try:
+                with self._lock:
+                    # Dropped meanwhile, or dropped and written anew: not synced just now.
+                    synced = {c for c in chunks - self._dirty if self._present[c]}
+                    self._presence.mark(synced)
+                self._presence.sync()
+            except OSError as error:
+                with self._lock:
+                    self._dirty |= {c for c in chunks if self._present[c]}
+                    self._unsynced_clears = True
+                raise store_error(
+                    error, self.raw_path.with_name("present"), "cannot sync"
+                ) from error
+
+    # --- the layer as a whole ---
+
+    def hash_raw(self, hasher: hashlib._Hash, start: int, end: int) -> None:
+        """Feed bytes `start` ... `end` of the raw file to a hash, unverified. Raises StoreError."""
+        try:
+            hasher.update(os.pread(self._raw, end - start, start))
+        except OSError as error:
+            raise store_error(error, self.raw_path, "cannot read") from error
+
+    @property
+    def proven_diff_id(self) -> bytes | None:
+        """What all of raw space was found to hash to, if that was ever computed."""
+        try:
+            return self._diff_id_path.read_bytes()
+        except OSError:
+            return None
+
+    def record_diff_id(self, diff_id: bytes) -> None:
+        """Remember durably what a complete layer hashes to. Raises StoreError."""
+        self.flush()
+        write_file(self._diff_id_path, [diff_id])
+
+    # --- whose it is ---
+
+    def retain(self) -> None:
+        """One more user, who calls `close` once."""
+        with self._lock:
+            self._users += 1
+
+    def close(self) -> None:
+        """One user less. Never blocks: files are closed by the store, once they are flushed."""
+        with self._lock:
+            self._users -= 1
+
+    @property
+    def unused(self) -> bool:
+        return self._users == 0
+
+    def release(self) -> None:
+        """Close the files. For the store alone, when nobody can use the layer any more."""
+        os.close(self._raw)
+        self._presence.close()
