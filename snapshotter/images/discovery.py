@@ -1,0 +1,111 @@
+"""Finding the file index of an image: pinned by the image itself, or among its referrers."""
+
+from __future__ import annotations
+
+import enum
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from index.erofs.validate import validate
+from index.errors import FirstByteError, IntegrityError
+from index.file import FileIndex
+from snapshotter.images.artifact import ARTIFACT_TYPE, LAYER_ANNOTATION, check_belongs
+from snapshotter.registry.errors import RegistryError
+from snapshotter.registry.manifest import Descriptor, Manifest
+
+if TYPE_CHECKING:
+    from snapshotter.registry.image import ImageSource, ResolvedImage
+
+log = logging.getLogger(__name__)
+
+MAX_INDEX = 1 << 30
+"""Bytes of the largest index blob that is fetched; 1 000 000 files take about 20 MB."""
+
+
+class Trust(enum.Enum):
+    """Whose word an index is. It decides what is believed before the image is fully local."""
+
+    ANNOTATION = "annotation"  # the image's own digest pins it
+    REFERRER = "referrer"  # somebody who may push to the repository attached it
+    LOCAL = "local"  # built on this node, or given as a file
+
+
+@dataclass(frozen=True, slots=True)
+class FoundIndex:
+    """A validated index of the image that was asked for."""
+
+    index: FileIndex
+    trust: Trust
+
+
+async def find_index(source: ImageSource, image: ResolvedImage) -> FoundIndex | None:
+    """The index that the image pins, else the first good one among its referrers, else None.
+
+    A candidate that is damaged, malformed or of other layers is logged and passed over, as is a
+    registry that cannot be asked: an image without an index is slower, not broken.
+    """
+    pinned = _pinned(image)
+    if pinned is not None:
+        index = await _try(source, image, pinned)
+        if index is not None:
+            return FoundIndex(index, Trust.ANNOTATION)
+    try:
+        artifacts = await source.referrers(image.descriptor.digest, ARTIFACT_TYPE)
+    except RegistryError as error:
+        log.warning("cannot ask for file indexes of %s: %s", image.name, error)
+        return None
+    for artifact in artifacts:
+        index = await _try_artifact(source, image, artifact)
+        if index is not None:
+            return FoundIndex(index, Trust.REFERRER)
+    return None
+
+
+def accept(data: bytes, image: ResolvedImage) -> FileIndex:
+    """Take in an index from outside: every section verified, the tree validated, the layers
+    compared. Takes a while for large ones (see docs/benchmarks.md): call it in a thread.
+
+    Raises FormatError, IntegrityError or UnsupportedError.
+    """
+    index = FileIndex.load(data)
+    check_belongs(index, image)
+    validate(index.tree, [table.raw_size for table in index.layers])
+    return index
+
+
+async def _try_artifact(
+    source: ImageSource, image: ResolvedImage, artifact: Descriptor
+) -> FileIndex | None:
+    try:
+        manifest = await source.fetch_manifest(artifact)
+        if not isinstance(manifest, Manifest) or len(manifest.layers) != 1:
+            raise IntegrityError("the artifact is not one blob")
+    except FirstByteError as error:
+        log.warning("file index %s of %s: %s", artifact.digest, image.name, error)
+        return None
+    return await _try(source, image, manifest.layers[0])
+
+
+async def _try(source: ImageSource, image: ResolvedImage, blob: Descriptor) -> FileIndex | None:
+    try:
+        data = await source.fetch_blob(blob, max_size=MAX_INDEX)
+        return await trio.to_thread.run_sync(accept, data, image)
+    except FirstByteError as error:
+        log.warning("file index %s of %s is not used: %s", blob.digest, image.name, error)
+        return None
+
+
+def _pinned(image: ResolvedImage) -> Descriptor | None:
+    values = (layer.annotation(LAYER_ANNOTATION) for layer in image.manifest.layers)
+    value = next((value for value in values if value is not None), None)
+    if value is None:
+        return None
+    digest, _, size = value.partition(",")
+    try:
+        return Descriptor(media_type=ARTIFACT_TYPE, digest=digest, size=int(size))
+    except (FirstByteError, ValueError) as error:
+        log.warning("%s pins its file index as %r: %s", image.name, value, error)
+        return None
