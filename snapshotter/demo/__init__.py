@@ -1,0 +1,1 @@
+"""Shows the main job on this machine: `firstbyte demo`."""

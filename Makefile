@@ -1,0 +1,28 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what the program needs; leaves it at .venv/bin/firstbyte
+	@scripts/setup program
+
+demo: ## start a container from an image that is not here yet; IMAGE=ref for one of your own
+	@scripts/setup program demo
+	@.venv/bin/firstbyte demo $${IMAGE:+"$$IMAGE"}
+
+test: ## install what the tests need, and run them all
+	@scripts/setup program demo tests
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
+	.venv/bin/pytest --numprocesses 2 --dist loadfile
+
+bench: ## measure index, store and file system; prints the tables of docs/benchmarks.md
+	@scripts/setup program demo
+	@.venv/bin/firstbyte bench
+
+clean: ## remove everything that the other targets made here
+	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,201 @@
+"""`firstbyte mount`, `umount`, `status` and `daemon`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+import trio
+
+from snapshotter.cli import progress
+from snapshotter.cli.connection import json_option, registry_options
+from snapshotter.daemon import client, protocol
+from snapshotter.daemon.errors import DaemonError
+from snapshotter.daemon.places import DEFAULT_ROOT, DEFAULT_STATE, Places
+from snapshotter.registry.layout import PREFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from snapshotter.cli.progress import Progress, Task
+
+_DIRECTORY = click.Path(path_type=Path)
+
+
+def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--root and --state, which say which instance on the node is meant."""
+    command = click.option(
+        "--state",
+        type=_DIRECTORY,
+        default=DEFAULT_STATE,
+        show_default=True,
+        help="Where sockets, mounts and the log are.",
+    )(command)
+    return click.option(
+        "--root",
+        type=_DIRECTORY,
+        default=DEFAULT_ROOT,
+        show_default=True,
+        help="Where images' data is kept.",
+    )(command)
+
+
+@click.command()
+@click.argument("reference")
+@click.argument("directory", type=_DIRECTORY)
+@click.option("--wait-local", is_flag=True, help="Return when all of the image is on this node.")
+@places_options
+@registry_options
+@json_option
+def mount(
+    reference: str,
+    directory: Path,
+    wait_local: bool,
+    root: Path,
+    state: Path,
+    platform: str | None,
+    plain_http: bool,
+    as_json: bool,
+) -> None:
+    """Mount an image on an empty directory, read-only, before it has been downloaded.
+
+    REFERENCE is an image in a registry, or oci:PATH[:TAG] for one in an OCI layout. What is read
+    is fetched; the rest follows in the background. A daemon is started if none runs, and ends by
+    itself after the last umount.
+    """
+    _require_root()
+    request = protocol.MountRequest(
+        reference=_absolute_layout(reference),
+        target=_absolute(directory),
+        platform=platform or "",
+        plain_http=plain_http,
+        wait_local=wait_local,
+    )
+    with progress.show(quiet=as_json) as shown:
+        reply = trio.run(
+            partial(
+                client.ask,
+                _places(root, state),
+                request,
+                start=True,
+                on_progress=_Bars(shown).update,
+            )
+        )
+    assert isinstance(reply, protocol.Mounted)
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(reply.mount)))
+    else:
+        click.echo(f"mounted {reply.mount.reference} at {reply.mount.target}")
+
+
+@click.command()
+@click.argument("directory", type=_DIRECTORY)
+@places_options
+def umount(directory: Path, root: Path, state: Path) -> None:
+    """Take down the image mounted on a directory.
+
+    Fails while a program uses a file in it.
+    """
+    _require_root()
+    places = _places(root, state)
+    target = _absolute(directory)
+
+    async def run() -> None:
+        reply = await client.ask(places, protocol.UmountRequest(target), start=False)
+        if reply is None:
+            raise DaemonError(
+                f"no image is mounted at {target}: no daemon runs in {places.state}",
+                hint="was it mounted with another --state?",
+            )
+        assert isinstance(reply, protocol.Unmounted)
+        if reply.ending:
+            await client.wait_ended(places)
+
+    trio.run(run)
+
+
+@click.command()
+@places_options
+@json_option
+def status(root: Path, state: Path, as_json: bool) -> None:
+    """Show what is mounted, and how much of it is on this node."""
+    _require_root()
+    places = _places(root, state)
+    reply = trio.run(partial(client.ask, places, protocol.StatusRequest(), start=False))
+    if reply is None:
+        reply = protocol.Status(pid=0, root=str(places.root), state=str(places.state), mounts=[])
+    assert isinstance(reply, protocol.Status)
+    if as_json:
+        fields = msgspec.to_builtins(reply)
+        del fields["type"]  # the control protocol's tag
+        click.echo(json.dumps(fields))
+        return
+    click.echo(f"daemon: {f'process {reply.pid}' if reply.pid else 'not running'}")
+    for mounted in reply.mounts:
+        click.echo(_line(mounted))
+
+
+@click.command()
+@places_options
+def daemon(root: Path, state: Path) -> None:
+    """Run the daemon in the foreground, until SIGTERM or SIGINT; then unmount everything.
+
+    `firstbyte mount` starts one by itself; this is for those who want to keep one running.
+    """
+    from snapshotter.daemon import process  # what the other commands leave to the daemon
+
+    _require_root()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    trio.run(partial(process.run, _places(root, state), stay=True, ready=lambda: None))
+
+
+class _Bars:
+    """Shows each kind of work that the daemon reports as a task of its own."""
+
+    def __init__(self, shown: Progress) -> None:
+        self._shown = shown
+        self._tasks: dict[str, Task] = {}
+
+    def update(self, event: protocol.Progress) -> None:
+        task = self._tasks.get(event.task)
+        if task is None:
+            task = self._tasks[event.task] = self._shown.task(event.task, event.total)
+        task.update(event.done, event.total)
+
+
+def _line(mounted: protocol.MountStatus) -> str:
+    share = 100 * mounted.local_bytes // mounted.total_bytes if mounted.total_bytes else 100
+    line = (
+        f"{mounted.target}: {mounted.reference}, {mounted.state} ({mounted.mode}), "
+        f"{progress.mb(mounted.local_bytes)} of {progress.mb(mounted.total_bytes)} "
+        f"({share} %) on this node"
+    )
+    return f"{line}; {mounted.problem}" if mounted.problem else line
+
+
+def _require_root() -> None:
+    if os.geteuid():
+        raise DaemonError("images are mounted by root alone", hint="use sudo")
+
+
+def _places(root: Path, state: Path) -> Places:
+    return Places(Path(_absolute(root)), Path(_absolute(state)))
+
+
+def _absolute(path: Path) -> str:
+    """The path as the mount table has it: absolute, symbolic links resolved."""
+    return os.path.realpath(path)
+
+
+def _absolute_layout(reference: str) -> str:
+    """The daemon has a working directory of its own."""
+    if not reference.startswith(PREFIX):
+        return reference
+    path, colon, tag = reference.removeprefix(PREFIX).partition(":")
+    return f"{PREFIX}{os.path.realpath(path)}{colon}{tag}"

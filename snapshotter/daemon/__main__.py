@@ -1,0 +1,48 @@
+"""`python -m snapshotter.daemon`: the daemon, as the client starts it when none runs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from index.errors import FirstByteError
+from snapshotter.daemon import process, protocol
+from snapshotter.daemon.places import Places
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def main() -> int:
+    """Run until the last mount has gone. The starter reads from `--ready` how the start went."""
+    parser = argparse.ArgumentParser(prog="snapshotter.daemon", description=__doc__)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--ready", type=int, required=True, help="descriptor of a pipe")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+
+    def tell(message: protocol.FromDaemon) -> None:
+        with os.fdopen(options.ready, "wb") as pipe:
+            pipe.write(protocol.encode(message))
+
+    def ready() -> None:
+        tell(protocol.Hello(protocol.VERSION, os.getpid()))
+
+    try:
+        places = Places(options.root, options.state)
+        trio.run(partial(process.run, places, stay=False, ready=ready))
+    except FirstByteError as error:
+        logging.getLogger("snapshotter.daemon").error("%s", error)
+        tell(protocol.Failed(error.message, error.hint))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

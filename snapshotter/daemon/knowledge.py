@@ -1,0 +1,117 @@
+"""What this node has learnt about images: mounting one again asks the network for less."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import trio
+
+from index.errors import FirstByteError, IntegrityError
+from index.file import FileIndex
+from snapshotter.images.artifact import check_belongs
+from snapshotter.images.discovery import FoundIndex, Trust
+from snapshotter.registry.image import ResolvedImage
+from snapshotter.registry.layout import PREFIX
+from snapshotter.registry.manifest import MAX_MANIFEST, Manifest, check_image, parse, parse_config
+from snapshotter.registry.reference import Reference
+from snapshotter.store.images import ImageRecord, ImageStore
+from snapshotter.store.indexes import IndexStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from snapshotter.registry.image import ImageSource
+
+log = logging.getLogger(__name__)
+
+
+class Knowledge:
+    """Image records and file indexes on disk. What is damaged there counts as not known."""
+
+    def __init__(self, root: Path) -> None:
+        """Raises StoreError."""
+        self._records = ImageStore(root)
+        self._indexes = IndexStore(root)
+
+    async def resolve(self, reference: str) -> ResolvedImage | None:
+        """An image that is named by its manifest's digest, if this node has had it before.
+
+        A tag may mean another image today, so it is always asked for.
+        """
+        if reference.startswith(PREFIX):
+            return None
+        digest = Reference.parse(reference).digest
+        if digest is None:
+            return None
+        record = await trio.to_thread.run_sync(self._records.get, digest)
+        if record is None:
+            return None
+        try:
+            manifest = parse(record.manifest, "", reference)
+            if not isinstance(manifest, Manifest):
+                return None
+            check_image(manifest, reference)
+            config = parse_config(record.config, f"the configuration of {reference}")
+        except FirstByteError as error:
+            log.warning("the record of %s is not used: %s", reference, error)
+            return None
+        return ResolvedImage(reference, manifest.descriptor, manifest, config)
+
+    async def index_of(self, image: ResolvedImage) -> FoundIndex | None:
+        """The file index that was used last time."""
+        record = await trio.to_thread.run_sync(self._records.get, image.descriptor.digest)
+        if record is None:
+            return None
+        try:
+            index = await trio.to_thread.run_sync(self._open, record.index_digest)
+            if index is not None:
+                check_belongs(index, image)
+                return FoundIndex(index, Trust(record.trust))
+        except (FirstByteError, ValueError) as error:
+            log.warning("the file index of %s on this node is not used: %s", image.name, error)
+        return None
+
+    async def keep_index(self, index: FileIndex) -> FileIndex:
+        """Store an index and map it from there, which costs no memory. Raises StoreError."""
+
+        def keep() -> FileIndex:
+            self._indexes.put(index.digest, index.expanded)
+            kept = self._open(index.digest)
+            assert kept is not None
+            return kept
+
+        return await trio.to_thread.run_sync(keep)
+
+    async def remember(self, source: ImageSource, image: ResolvedImage, found: FoundIndex) -> None:
+        """Record an image and the index it is used with. Failing to is logged."""
+        try:
+            config = await source.fetch_blob(image.manifest.config, max_size=MAX_MANIFEST)
+            record = ImageRecord(
+                reference=image.name,
+                manifest_digest=image.descriptor.digest,
+                manifest=image.manifest.raw,
+                config=config,
+                index_digest=found.index.digest,
+                trust=found.trust.value,
+            )
+            await trio.to_thread.run_sync(self._records.put, record)
+        except FirstByteError as error:
+            log.warning("%s is mounted, but not recorded: %s", image.name, error)
+
+    def disown(self, manifest_digest: str, index_digest: bytes) -> None:
+        """Forget an index that lies about its image."""
+        try:
+            self._records.remove(manifest_digest)
+            self._indexes.remove(index_digest)
+        except FirstByteError as error:
+            log.error("a wrong file index stays on disk: %s", error)
+
+    def _open(self, digest: bytes) -> FileIndex | None:
+        path = self._indexes.get(digest)
+        if path is None:
+            return None
+        index = FileIndex.open(path)
+        if index.digest != digest:
+            raise IntegrityError(f"{path} holds another index than its name says")
+        return index

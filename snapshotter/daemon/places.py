@@ -1,0 +1,85 @@
+"""Where one instance of FirstByte keeps things on a node."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from snapshotter.daemon.errors import DaemonError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEFAULT_ROOT = Path("/var/lib/firstbyte")
+DEFAULT_STATE = Path("/run/firstbyte")
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """`root` holds data and survives reboots; `state` holds sockets, mounts, locks, the log.
+
+    Both are absolute and belong to one daemon; several instances use several pairs.
+    """
+
+    root: Path
+    state: Path
+
+    @property
+    def socket(self) -> Path:
+        return self.state / "firstbyte-control.sock"
+
+    @property
+    def mount(self) -> Path:
+        """Where the daemon's one FUSE mount is."""
+        return self.state / "fs"
+
+    @property
+    def log(self) -> Path:
+        return self.state / "daemon.log"
+
+    @property
+    def records(self) -> Path:
+        return self.state / "mounts.json"
+
+    @property
+    def daemon_lock(self) -> Path:
+        """Held by the daemon for as long as it lives. (The store has a lock of its own.)"""
+        return self.state / "daemon.lock"
+
+    @property
+    def start_lock(self) -> Path:
+        """Held by the client that is starting a daemon."""
+        return self.state / "start.lock"
+
+    def create(self) -> None:
+        """Make the directories, for their owner only. Raises DaemonError."""
+        for folder in (self.root, self.state):
+            try:
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            except OSError as error:
+                raise DaemonError(
+                    f"cannot make the directory {folder}: {error.strerror}",
+                    hint="run this as root, or choose others with --root and --state",
+                ) from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Try to lock a file against other processes, without waiting; tells if that succeeded.
+
+    The kernel lifts the lock when this process ends, however it ends.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)

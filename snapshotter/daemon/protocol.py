@@ -1,0 +1,157 @@
+"""What the command line and the daemon say to each other: one JSON object a line, both ways.
+
+The daemon speaks first (Hello), so that a client knows that a living daemon has taken its
+connection and that its request will not be lost in one that is just ending. Then one request, any
+number of Progress lines, and exactly one reply. Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import msgspec
+
+from snapshotter.daemon.errors import ControlProtocolError
+
+VERSION = 1
+"""Raised when a message changes its meaning; client and daemon of different versions part."""
+
+MAX_MESSAGE = 1 << 20
+"""Bytes of the longest line: the status of some two thousand mounts."""
+
+_T = TypeVar("_T")
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """The daemon's greeting."""
+
+    version: int
+    pid: int
+
+
+class MountRequest(msgspec.Struct, frozen=True, kw_only=True, tag="mount"):
+    """Mount an image at the directory `target` (absolute). `platform` empty: the machine's own.
+
+    With `wait_local` the reply comes when all of the image is on this node.
+    """
+
+    reference: str
+    target: str
+    platform: str = ""
+    plain_http: bool = False
+    wait_local: bool = False
+
+
+class UmountRequest(msgspec.Struct, frozen=True, tag="umount"):
+    """Take down the mount at the directory `target` (absolute)."""
+
+    target: str
+
+
+class StatusRequest(msgspec.Struct, frozen=True, tag="status"):
+    """Tell what is mounted."""
+
+
+class StopRequest(msgspec.Struct, frozen=True, tag="stop"):
+    """Take down everything and end."""
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """`done` of `total` bytes of one piece of work; the total may be unknown."""
+
+    task: str
+    done: int
+    total: int | None = None
+
+
+class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One mount. `mode` is the way it is served; the byte counts are of raw space. `problem` is
+    what holds the background download up at the moment, in one line, or empty.
+    """
+
+    target: str
+    reference: str
+    digest: str
+    state: str
+    mode: str
+    local_bytes: int
+    total_bytes: int
+    problem: str = ""
+
+
+class Mounted(msgspec.Struct, frozen=True, tag="mounted"):
+    """The reply to MountRequest."""
+
+    mount: MountStatus
+
+
+class Unmounted(msgspec.Struct, frozen=True, tag="unmounted"):
+    """The reply to UmountRequest and StopRequest. `ending`: the daemon ends now, by itself."""
+
+    ending: bool
+
+
+class Status(msgspec.Struct, frozen=True, tag="status"):
+    """The reply to StatusRequest."""
+
+    pid: int
+    root: str
+    state: str
+    mounts: list[MountStatus]
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The reply to any request that could not be done: what is wrong, and what to do about it."""
+
+    message: str
+    hint: str = ""
+
+
+Request = MountRequest | UmountRequest | StatusRequest | StopRequest
+Reply = Mounted | Unmounted | Status | Failed
+FromDaemon = Hello | Progress | Reply
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode(message: Request | FromDaemon) -> bytes:
+    """A message as it travels."""
+    return _encoder.encode(message) + b"\n"
+
+
+class MessageReader(Generic[_T]):
+    """Cuts a byte stream into messages. `feed` raises ControlProtocolError on anything else."""
+
+    def __init__(self, decoder: msgspec.json.Decoder[_T]) -> None:
+        self._decoder = decoder
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> list[_T]:
+        """The messages that `data` completes, in order."""
+        self._rest += data
+        *lines, rest = self._rest.split(b"\n")
+        if len(rest) > MAX_MESSAGE:
+            raise ControlProtocolError(
+                f"a message on the control socket exceeds {MAX_MESSAGE} bytes"
+            )
+        self._rest = rest
+        return [self._decode(line) for line in lines]
+
+    def _decode(self, line: bytearray) -> _T:
+        try:
+            return self._decoder.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ControlProtocolError(
+                f"a message on the control socket makes no sense ({error})",
+                hint="command and daemon may be of different versions: restart the daemon",
+            ) from error
+
+
+def request_reader() -> MessageReader[Request]:
+    """Reads what clients send."""
+    return MessageReader(msgspec.json.Decoder(Request))
+
+
+def answer_reader() -> MessageReader[FromDaemon]:
+    """Reads what the daemon sends."""
+    return MessageReader(msgspec.json.Decoder(FromDaemon))

@@ -1,0 +1,247 @@
+"""What the daemon does when it is asked: mounts, takes down, tells.
+
+Every system call that the kernel may hand on to our own FUSE mount (bind mounts, looking at mount
+points) runs in a worker thread: the trio thread is the one that has to answer it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from snapshotter.daemon import protocol
+from snapshotter.daemon.errors import DaemonError
+from snapshotter.daemon.mounts import Mount, MountState
+from snapshotter.daemon.records import MountRecord
+from snapshotter.mounts import syscalls
+from snapshotter.mounts.errors import MountBusyError, MountError, MountPointError
+from snapshotter.mounts.mountpoint import check_mount_point
+from snapshotter.mounts.table import mount_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from snapshotter.daemon.images import Images
+    from snapshotter.daemon.places import Places
+    from snapshotter.daemon.records import Records
+
+log = logging.getLogger(__name__)
+
+_LOCAL_POLL_SECONDS = 0.5  # between two progress lines of a client that waits for the whole image
+
+
+class Service:
+    """All mounts of this daemon, by directory. Does what control requests ask for."""
+
+    def __init__(
+        self,
+        places: Places,
+        images: Images,
+        records: Records,
+        nursery: trio.Nursery,
+        *,
+        stop: Callable[[], None],
+        stay: bool,
+    ) -> None:
+        """`stop` ends the daemon. Without `stay` it ends by itself when it is `idle`."""
+        self._places = places
+        self._images = images
+        self._records = records
+        self._nursery = nursery
+        self._stop = stop
+        self._stay = stay
+        self._mounts: dict[Path, Mount] = {}
+        self._requests: set[trio.CancelScope] = set()
+        self._refusing = False
+
+    @property
+    def idle(self) -> bool:
+        return not self._mounts
+
+    async def handle(
+        self, request: protocol.Request, report: Callable[[protocol.Progress], None]
+    ) -> protocol.Reply:
+        """Do one request. Raises FirstByteError."""
+        scope = trio.CancelScope()
+        self._requests.add(scope)
+        try:
+            with scope:
+                if not self._refusing:
+                    return await self._do(request, report)
+        finally:
+            self._requests.remove(scope)
+        raise DaemonError("the daemon is ending")
+
+    def refuse(self) -> None:
+        """Interrupt the requests that are being done, and do no more."""
+        self._refusing = True
+        for scope in self._requests:
+            scope.cancel()
+
+    async def _do(
+        self, request: protocol.Request, report: Callable[[protocol.Progress], None]
+    ) -> protocol.Reply:
+        await self._forget_vanished()
+        match request:
+            case protocol.MountRequest():
+                return protocol.Mounted(_status_of(await self._mount(request, report)))
+            case protocol.UmountRequest():
+                return await self._umount(Path(request.target))
+            case protocol.StatusRequest():
+                return self._status()
+            case protocol.StopRequest():
+                self._stop()
+                return protocol.Unmounted(ending=True)
+
+    async def close(self) -> None:
+        """Take down every mount, those in use too: their users get errors from now on."""
+        for mount in list(self._mounts.values()):
+            try:
+                await self._take_down(mount)
+            except MountBusyError as error:
+                log.warning("%s; it is detached all the same, because the daemon ends", error)
+                await self._take_down(mount, detach=True)
+            except MountError as error:
+                log.error("%s could not be unmounted: %s", mount.target, error)
+
+    # --- mounting ---
+
+    async def _mount(
+        self, request: protocol.MountRequest, report: Callable[[protocol.Progress], None]
+    ) -> Mount:
+        mount = await self._claim(Path(request.target), request.reference)
+        try:
+            mount.image = await self._images.acquire(
+                request.reference,
+                request.platform,
+                plain_http=request.plain_http,
+                report=report,
+            )
+            await self._show(mount)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._drop(mount)
+            raise
+        if request.wait_local:
+            await self._wait_local(mount, report)
+        return mount
+
+    async def _claim(self, target: Path, reference: str) -> Mount:
+        """A mount that is PREPARING; nobody else can have its directory from now on."""
+        if not target.is_absolute():
+            raise MountPointError(f"{target} is not an absolute path")
+        if target in self._mounts:
+            raise MountPointError(
+                f"{target} is {self._mounts[target].state.value} {self._mounts[target].reference}",
+                hint="choose another directory",
+            )
+        mount = self._mounts[target] = Mount(target, reference)
+        try:
+            await trio.to_thread.run_sync(check_mount_point, target)
+        except BaseException:
+            del self._mounts[target]
+            raise
+        return mount
+
+    async def _show(self, mount: Mount) -> None:
+        """PREPARING to SERVING. Not interrupted in the middle: it is short and local."""
+        image = mount.image
+        assert image is not None
+        record = MountRecord(str(mount.target), mount.reference, image.digest, image.view.slot)
+        source = self._places.mount / os.fsdecode(image.view.name)
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._records.add, record)
+            await trio.to_thread.run_sync(syscalls.bind, source, mount.target)
+        mount.become(MountState.SERVING)
+        self._nursery.start_soon(self._watch, mount)
+
+    async def _watch(self, mount: Mount) -> None:
+        """From SERVING on, when the background fill has ended."""
+        assert mount.image is not None
+        await mount.image.settled.wait()
+        if mount.state is MountState.SERVING:
+            if mount.image.local:
+                mount.become(MountState.LOCAL)
+            elif mount.image.quarantined:
+                mount.become(MountState.QUARANTINED)
+
+    async def _wait_local(self, mount: Mount, report: Callable[[protocol.Progress], None]) -> None:
+        image = mount.image
+        assert image is not None
+        while mount.state is MountState.SERVING:
+            fill = image.fill
+            report(protocol.Progress("downloading", fill.done_bytes, fill.total_bytes))
+            with trio.move_on_after(_LOCAL_POLL_SECONDS):
+                await mount.ended_serving.wait()
+        if mount.state is not MountState.LOCAL:
+            raise MountError(f"{mount.target} is {mount.state.value}, and not all of it is local")
+
+    # --- taking down ---
+
+    async def _umount(self, target: Path) -> protocol.Unmounted:
+        mount = self._mounts.get(target)
+        if mount is None:
+            raise MountPointError(
+                f"no image is mounted at {target}", hint="firstbyte status lists what is mounted"
+            )
+        if mount.state is MountState.PREPARING:
+            raise MountPointError(
+                f"{mount.reference} is only being mounted at {target}",
+                hint="interrupt the command that does",
+            )
+        await self._take_down(mount)
+        return protocol.Unmounted(ending=self.idle and not self._stay)
+
+    async def _take_down(self, mount: Mount, *, detach: bool = False) -> None:
+        """Raises MountBusyError and changes nothing if a program uses the mount."""
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(lambda: syscalls.unmount(mount.target, detach=detach))
+            await self._drop(mount)
+
+    async def _drop(self, mount: Mount) -> None:
+        """Forget a mount whose directory shows nothing of ours (any more); once."""
+        if mount.state is MountState.GONE:
+            return
+        mount.become(MountState.GONE)
+        del self._mounts[mount.target]
+        await trio.to_thread.run_sync(self._records.remove, str(mount.target))
+        if mount.image is not None:
+            await self._images.release(mount.image)
+
+    async def _forget_vanished(self) -> None:
+        """Somebody may have used umount(8) on our mounts: believe the mount table."""
+        shown = [
+            mount for mount in self._mounts.values() if mount.state is not MountState.PREPARING
+        ]
+        for mount in shown:
+            if await trio.to_thread.run_sync(mount_at, mount.target) is None:
+                with trio.CancelScope(shield=True):
+                    await self._drop(mount)
+
+    # --- telling ---
+
+    def _status(self) -> protocol.Status:
+        return protocol.Status(
+            pid=os.getpid(),
+            root=str(self._places.root),
+            state=str(self._places.state),
+            mounts=[_status_of(mount) for mount in self._mounts.values()],
+        )
+
+
+def _status_of(mount: Mount) -> protocol.MountStatus:
+    image = mount.image
+    return protocol.MountStatus(
+        target=str(mount.target),
+        reference=mount.reference,
+        digest=image.digest if image else "",
+        state=mount.state.value,
+        mode="fuse",
+        local_bytes=image.fill.done_bytes if image else 0,
+        total_bytes=image.fill.total_bytes if image else 0,
+        problem=image.fill.problem if image else "",
+    )

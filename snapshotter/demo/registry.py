@@ -1,0 +1,123 @@
+"""A real registry on loopback, with its storage in the workspace: Debian's docker-registry.
+
+Source: distribution's configuration reference (docs/configuration.md, version 2.8).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from snapshotter.demo.errors import DemoError
+from snapshotter.demo.workspace import stop_group
+from snapshotter.registry.endpoint import is_loopback
+from snapshotter.registry.reference import Reference
+
+if TYPE_CHECKING:
+    from snapshotter.demo.workspace import Workspace
+
+_READY_SECONDS = 20.0
+_COPY_SECONDS = 3600.0  # a large image over a slow line
+_POLL_SECONDS = 0.02
+
+# Port 0: the kernel picks a free one, and the log says which.
+_CONFIGURATION = """\
+version: 0.1
+log:
+  level: info
+  formatter: json
+  accesslog:
+    disabled: true
+storage:
+  filesystem:
+    rootdirectory: {storage}
+http:
+  addr: 127.0.0.1:0
+"""
+_LISTENING = re.compile(rb"listening on (127\.0\.0\.1:\d+)")
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """A line of the log, as far as it matters here."""
+
+    message: str = msgspec.field(name="msg", default="")
+    method: str = msgspec.field(name="http.request.method", default="")
+    written: int = msgspec.field(name="http.response.written", default=0)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What the registry has answered so far: requests to read, and the bytes of their answers."""
+
+    requests: int
+    sent_bytes: int
+
+    def __sub__(self, earlier: Traffic) -> Traffic:
+        return Traffic(self.requests - earlier.requests, self.sent_bytes - earlier.sent_bytes)
+
+
+class LocalRegistry:
+    """`host` is HOST:PORT; it answers from the end of the constructor until `stop`."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        directory = workspace.directory("registry")
+        configuration = directory / "config.yml"
+        configuration.write_text(_CONFIGURATION.format(storage=directory / "storage"))
+        self._log = directory / "log"
+        with self._log.open("wb") as log:
+            self._process = workspace.start(
+                ["docker-registry", "serve", configuration],
+                output=log.fileno(),
+                errors=subprocess.STDOUT,
+            )
+        workspace.defer("stop the registry", self.stop)
+        self.host = self._wait()
+
+    def stop(self) -> None:
+        """End it; nothing if it ended already."""
+        stop_group(self._process)
+
+    def copy_in(self, image: str, name: str) -> str:
+        """Copy an image, unchanged, into this registry; returns its reference here.
+
+        `image` is a reference as people type it, or oci:PATH:TAG. Of one for several platforms,
+        that of this machine is copied. Raises InvalidReferenceError or DemoError.
+        """
+        reference = f"{self.host}/{name}"
+        source, options = image, []
+        if not image.startswith("oci:"):
+            source = f"docker://{image}"
+            if is_loopback(Reference.parse(image).registry):
+                options = ["--src-tls-verify=false"]
+        copy = ["skopeo", "copy", "--quiet", "--preserve-digests", "--dest-tls-verify=false"]
+        self._workspace.run(
+            [*copy, *options, source, f"docker://{reference}"], seconds=_COPY_SECONDS
+        )
+        return reference
+
+    def traffic(self) -> Traffic:
+        """From the registry's own log, which has a request once it is answered in full."""
+        lines = (_decode(line) for line in self._log.read_bytes().splitlines())
+        answers = [a for a in lines if a.message == "response completed" and a.method == "GET"]
+        return Traffic(len(answers), sum(answer.written for answer in answers))
+
+    def _wait(self) -> str:
+        end = time.monotonic() + _READY_SECONDS
+        while time.monotonic() < end and self._process.poll() is None:
+            if match := _LISTENING.search(self._log.read_bytes()):
+                return match[1].decode()
+            self._workspace.interruption.sleep(_POLL_SECONDS)
+        raise DemoError("docker-registry does not answer", hint=self._log.read_text()[-500:])
+
+
+def _decode(line: bytes) -> _Answer:
+    try:
+        return msgspec.json.decode(line, type=_Answer)
+    except msgspec.DecodeError:
+        return _Answer()  # not of the registry's log, or not written to its end

@@ -1,0 +1,1 @@
+"""The web application inside the sample image, and what it serves."""

@@ -1,0 +1,246 @@
+"""Answers to the kernel's FUSE requests, for all views of the mount.
+
+Everything is stateless: an inode number tells view and nid, a file handle is the inode number. A
+process that takes the mount over can therefore answer for inodes and handles that it never gave
+out, and FORGET needs no bookkeeping because nothing is remembered.
+
+Images never change, so every answer about them may be cached for ever, "no such name" too. Only
+the mount's own root changes, as views come and go; it is never cached.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+
+import pyfuse3
+
+from index.errors import FirstByteError
+from snapshotter.fuse.failures import FailureLog
+from snapshotter.fuse.view import pack_inode, unpack_inode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
+
+    from snapshotter.fuse.view import View, Views
+
+_FOR_EVER = float("inf")  # libfuse and the kernel cut it to what they can count
+_SECTOR = 512  # the unit of st_blocks, whatever a file system's blocks are
+_BLOCK = 4096  # the unit of statfs, and the preferred size of small reads
+_NAME_MAX = 255
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
+
+# Positions in a listing: 1 comes after ".", 2 after "..", then those of the image, moved up by 2.
+_AFTER_DOT = 1
+_AFTER_DOTS = 2
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _answered(
+    handler: Callable[Concatenate[Operations, int, _P], Coroutine[Any, Any, _R]],
+) -> Callable[Concatenate[Operations, int, _P], Coroutine[Any, Any, _R]]:
+    """Let nothing but FUSEError out of a handler: pyfuse3 would end the session."""
+
+    async def guarded(self: Operations, inode: int, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return await handler(self, inode, *args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except Exception as error:
+            raise self.refuse(handler.__name__, inode, error) from error
+
+    return guarded
+
+
+class Operations(pyfuse3.Operations):
+    """The handlers that pyfuse3 calls, one a request; all others answer ENOSYS by default."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = True  # the kernel enforces POSIX access lists, as on the file system of an unpack
+
+    def __init__(self, views: Views) -> None:
+        super().__init__()
+        self._views = views
+        self._failures = FailureLog()
+
+    def refuse(self, what: str, inode: int, error: Exception) -> pyfuse3.FUSEError:
+        """Log why a request about `inode` failed; returns what to raise."""
+        slot, nid = unpack_inode(inode)
+        view = self._views.in_slot(slot)
+        image = view.reference if view else "no image"
+        return self._failures.refuse(f"{image}: {what} of inode {nid}", error)
+
+    def _find(self, inode: int) -> tuple[View, int]:
+        slot, nid = unpack_inode(inode)
+        view = self._views.in_slot(slot)
+        if view is None:  # unmounted, but the kernel remembers
+            raise pyfuse3.FUSEError(errno.ESTALE)
+        return view, nid
+
+    @_answered
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        if parent_inode == pyfuse3.ROOT_INODE:
+            named = self._views.named(name)
+            if named is None:
+                raise pyfuse3.FUSEError(errno.ENOENT)
+            return _view_root(named)
+        view, parent = self._find(parent_inode)
+        nid = view.image.lookup(parent, name)
+        if nid is None:
+            return _no_such_name()
+        return _attributes(view, nid)
+
+    @_answered
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        if inode == pyfuse3.ROOT_INODE:
+            return _mount_root(self._views)
+        return _attributes(*self._find(inode))
+
+    @_answered
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        view, nid = self._find(inode)
+        return view.image.readlink(nid)
+
+    @_answered
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        if flags & _WRITING:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        self._find(inode)
+        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+
+    @_answered
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        view, nid = self._find(fh)
+        try:
+            data = view.read_now(nid, off, size)
+            if data is None:
+                data = await view.read(nid, off, size)
+        except FirstByteError as error:
+            raise self.refuse(f"read of {size} bytes at {off}", fh, error) from error
+        return cast("bytes", data)  # pyfuse3 takes any buffer, whatever its annotation says
+
+    async def release(self, fh: int) -> None:
+        pass
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        pass
+
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        return inode
+
+    async def releasedir(self, fh: int) -> None:
+        pass
+
+    @_answered
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        listing = (
+            _list_mount_root(self._views, start_id)
+            if fh == pyfuse3.ROOT_INODE
+            else _list_directory(*self._find(fh), start_id)
+        )
+        for position, name, attributes in listing:
+            if not pyfuse3.readdir_reply(token, name, attributes, position):
+                break
+
+    @_answered
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        if inode != pyfuse3.ROOT_INODE:
+            view, nid = self._find(inode)
+            if view.image.has_xattrs(nid):
+                value = view.image.xattrs(nid).get(name)
+                if value is not None:
+                    return value
+        raise pyfuse3.FUSEError(errno.ENODATA)
+
+    @_answered
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        if inode == pyfuse3.ROOT_INODE:
+            return ()
+        view, nid = self._find(inode)
+        return tuple(view.image.xattrs(nid))
+
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """The sum over all views: the kernel asks for the mount and does not say which file."""
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = _BLOCK
+        data.f_blocks = sum(-(-view.raw_size // _BLOCK) for view in self._views)
+        data.f_files = sum(view.image.inode_count for view in self._views)
+        data.f_bfree = data.f_bavail = data.f_ffree = data.f_favail = 0
+        data.f_namemax = _NAME_MAX
+        return data
+
+
+def _attributes(view: View, nid: int) -> pyfuse3.EntryAttributes:
+    inode = view.image.inode(nid)
+    attributes = pyfuse3.EntryAttributes()
+    attributes.st_ino = pack_inode(view.slot, nid)
+    attributes.entry_timeout = attributes.attr_timeout = _FOR_EVER
+    attributes.st_mode = inode.mode
+    attributes.st_nlink = inode.nlink
+    attributes.st_uid = inode.uid
+    attributes.st_gid = inode.gid
+    attributes.st_rdev = os.makedev(*inode.rdev)
+    attributes.st_size = inode.size
+    attributes.st_blksize = _BLOCK
+    attributes.st_blocks = -(-inode.size // _SECTOR)
+    attributes.st_mtime_ns = attributes.st_ctime_ns = attributes.st_atime_ns = inode.mtime_ns
+    return attributes
+
+
+def _view_root(view: View) -> pyfuse3.EntryAttributes:
+    """An image's root as an entry of the mount's root: the name may go, the directory is fixed."""
+    attributes = _attributes(view, view.image.root)
+    attributes.entry_timeout = 0
+    return attributes
+
+
+def _mount_root(views: Views) -> pyfuse3.EntryAttributes:
+    attributes = pyfuse3.EntryAttributes()
+    attributes.st_ino = pyfuse3.ROOT_INODE
+    attributes.entry_timeout = attributes.attr_timeout = 0
+    attributes.st_mode = stat.S_IFDIR | 0o755
+    attributes.st_nlink = 2 + len(views)
+    return attributes
+
+
+def _no_such_name() -> pyfuse3.EntryAttributes:
+    """Inode 0 with a timeout is how FUSE spells an ENOENT that may be remembered."""
+    attributes = pyfuse3.EntryAttributes()
+    attributes.st_ino = 0
+    attributes.entry_timeout = _FOR_EVER
+    return attributes
+
+
+def _list_directory(
+    view: View, nid: int, start: int
+) -> Iterator[tuple[int, bytes, pyfuse3.EntryAttributes]]:
+    """(position after it, name, attributes) of each entry from `start` on.
+
+    The kernel takes only number and type of "." and "..", and counts no reference to them.
+    """
+    if start < _AFTER_DOT:
+        yield _AFTER_DOT, b".", _attributes(view, nid)
+    if start < _AFTER_DOTS:
+        parent = view.image.lookup(nid, b"..")
+        yield _AFTER_DOTS, b"..", _attributes(view, nid if parent is None else parent)
+    for position, name, child, _ in view.image.readdir(nid, max(start - _AFTER_DOTS, 0)):
+        yield position + _AFTER_DOTS, name, _attributes(view, child)
+
+
+def _list_mount_root(
+    views: Views, start: int
+) -> Iterator[tuple[int, bytes, pyfuse3.EntryAttributes]]:
+    """The same for the views; their position is their slot, so views may come and go meanwhile."""
+    if start < _AFTER_DOT:
+        yield _AFTER_DOT, b".", _mount_root(views)
+    if start < _AFTER_DOTS:
+        yield _AFTER_DOTS, b"..", _mount_root(views)
+    for view in views.after(start - _AFTER_DOTS):
+        yield view.slot + _AFTER_DOTS, view.name, _view_root(view)

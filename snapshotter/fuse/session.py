@@ -1,0 +1,171 @@
+"""The daemon's one FUSE session: opened, mounted, served, tuned and taken down.
+
+pyfuse3 keeps the session in module globals, so a process has one at a time. The device is opened
+and mounted here and not by libfuse: the descriptor can then be kept by somebody else while the
+process is replaced, and neither `nosuid` nor `nodev` is added (images hold setuid programs and
+device nodes, as on the file system of an ordinary unpack).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyfuse3
+import trio
+
+from snapshotter.mounts import syscalls
+from snapshotter.mounts.errors import MountError
+from snapshotter.mounts.syscalls import MountFlag
+from snapshotter.mounts.table import mount_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from snapshotter.fuse.operations import Operations
+
+log = logging.getLogger(__name__)
+
+FILE_SYSTEM = "fuse.firstbyte"
+"""The type of our mounts in /proc/self/mountinfo, on every bind of them too."""
+
+_DEVICE = "/dev/fuse"
+
+# The largest request that libfuse takes is 1 MiB, and read-ahead decides the size of requests:
+# 1 GiB read in order costs this process 0.33 s at 128 KiB (the default), 0.22 s at 1 MiB.
+_READ_AHEAD_KIB = 1024
+
+# The kernel lets 12 read-ahead requests be in flight in the whole mount. Twelve that wait for the
+# network would hold back every other container's reads, of local data too. 256 keeps at most
+# 256 MiB of page cache waiting.
+_MAX_BACKGROUND = 256
+
+# One task serves one request from start to end, so tasks are the limit on requests that wait for
+# the network at the same time, and when all wait nobody answers lookups. Requests in flight are
+# bounded by the threads that read (each waits for one) and _MAX_BACKGROUND. Idle tasks end by
+# themselves; a waiting one costs some 10 KiB.
+_MAX_TASKS = 4096
+
+_READY_SECONDS = 10.0
+
+
+async def serve(
+    operations: Operations,
+    mountpoint: Path,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Mount at `mountpoint` and answer the kernel until cancelled or unmounted from outside.
+
+    `mountpoint` is an absolute path of a directory. Reports started when the mount answers.
+    Raises MountError when it cannot be mounted. Whatever happens, the mount is gone at the end:
+    programs that still use it get errors (ENOTCONN).
+    """
+    await trio.to_thread.run_sync(_open_and_mount, operations, mountpoint)
+    try:
+        await _answer(mountpoint, task_status)
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(_unmount, mountpoint)
+        pyfuse3.close(unmount=False)  # closes the device, which ends what is still waiting
+
+
+async def forget_name(name: bytes) -> None:
+    """Make the kernel drop what it remembers of the view `name`, which is no longer shown.
+
+    Not `invalidate_entry_async`: its thread cannot be waited for and serves a process's first
+    session only. In a thread because the kernel may hold the directory's lock in a request that
+    this process has yet to answer.
+    """
+
+    def invalidate() -> None:
+        with suppress(OSError):  # the kernel had forgotten it already, or the mount is gone
+            pyfuse3.invalidate_entry(pyfuse3.ROOT_INODE, name)
+
+    await trio.to_thread.run_sync(invalidate)
+
+
+async def _answer(mountpoint: Path, task_status: trio.TaskStatus[None]) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def answer() -> None:
+            await pyfuse3.main(max_tasks=_MAX_TASKS)
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(answer)
+        with trio.move_on_after(_READY_SECONDS) as waiting:
+            # Asks our own mount, so it returns when the kernel has had its answer to FUSE_INIT.
+            await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(_tune, mountpoint)
+        if waiting.cancelled_caught:
+            raise MountError(f"the mount at {mountpoint} does not answer")
+        task_status.started()
+
+
+def _open_and_mount(operations: Operations, mountpoint: Path) -> None:
+    device = _open_device()
+    try:
+        options = f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
+        syscalls.mount(str(mountpoint), mountpoint, FILE_SYSTEM, MountFlag.READ_ONLY, options)
+        try:
+            syscalls.make_private(mountpoint)
+            pyfuse3.init(operations, f"/dev/fd/{device}", {"fsname=firstbyte", "ro"})
+        except BaseException:
+            syscalls.unmount(mountpoint, detach=True)
+            raise
+    except BaseException:
+        os.close(device)
+        raise
+
+
+def _open_device() -> int:
+    try:
+        return os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError as error:
+        raise MountError(f"no permission to open {_DEVICE}", hint="run this as root") from error
+    except OSError as error:
+        raise MountError(
+            f"cannot open {_DEVICE}: {error.strerror}",
+            hint="load the kernel module (modprobe fuse) or give the container the device",
+        ) from error
+
+
+def _unmount(mountpoint: Path) -> None:
+    if mount_at(mountpoint) is not None:  # else somebody has unmounted it, which ended the session
+        syscalls.unmount(mountpoint, detach=True)
+
+
+def _tune(mountpoint: Path) -> None:
+    """Raise the kernel's limits for this mount. Where they cannot be written, it is only slower."""
+    entry = mount_at(mountpoint)
+    if entry is None:
+        return
+    major, minor = entry.device
+    try:
+        read_ahead = Path(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb")
+        read_ahead.write_text(str(_READ_AHEAD_KIB))
+        with _fuse_control() as connections:
+            connection = connections / str(minor)
+            (connection / "max_background").write_text(str(_MAX_BACKGROUND))
+            (connection / "congestion_threshold").write_text(str(_MAX_BACKGROUND * 3 // 4))
+    except (OSError, MountError) as error:
+        log.warning("reads will be slower, the kernel's limits stay as they are: %s", error)
+
+
+@contextmanager
+def _fuse_control() -> Iterator[Path]:
+    """Where the kernel's FUSE connections are shown, mounted for the moment if it is nowhere."""
+    usual = Path("/sys/fs/fuse/connections")
+    if any(usual.iterdir()):
+        yield usual
+        return
+    with tempfile.TemporaryDirectory(prefix="firstbyte-") as folder:
+        syscalls.mount("fusectl", Path(folder), "fusectl", MountFlag(0))
+        try:
+            yield Path(folder)
+        finally:
+            syscalls.unmount(Path(folder))

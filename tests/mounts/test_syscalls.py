@@ -1,0 +1,132 @@
+"""Mounting and unmounting with the real kernel, and errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from snapshotter.mounts import syscalls
+from snapshotter.mounts.errors import MountBusyError, MountError, MountPointError
+from snapshotter.mounts.mountpoint import check_mount_point
+from snapshotter.mounts.syscalls import MountFlag
+from snapshotter.mounts.table import mount_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system of our own, with a name that the mount table has to escape."""
+    point = tmp_path / "with space\tand\\tab"
+    point.mkdir()
+    syscalls.mount("test", point, "tmpfs", MountFlag.NO_DEVICES, "size=1m")
+    yield point
+    while mount_at(point) is not None:
+        syscalls.unmount(point, detach=True)
+
+
+def test_mount_and_unmount(tmpfs: Path) -> None:
+    entry = mount_at(tmpfs)
+    assert entry is not None
+    assert (entry.kind, entry.source) == (b"tmpfs", b"test")
+    assert b"nodev" in entry.options
+    syscalls.unmount(tmpfs)
+    assert mount_at(tmpfs) is None
+
+
+def test_a_bind_shows_a_part_of_the_tree_with_its_flags_and_is_private(
+    tmpfs: Path, tmp_path: Path
+) -> None:
+    (tmpfs / "part").mkdir()
+    (tmpfs / "part" / "file").write_text("content")
+    target = tmp_path / "target"
+    target.mkdir()
+    syscalls.bind(tmpfs / "part", target)
+    try:
+        assert (target / "file").read_text() == "content"
+        entry = mount_at(target)
+        assert entry is not None
+        assert entry.root == b"/part"
+        assert b"nodev" in entry.options
+        assert entry.optional == ()
+    finally:
+        syscalls.unmount(target)
+
+
+def test_a_mount_in_use_is_busy_and_the_error_says_how_to_find_out(tmpfs: Path) -> None:
+    (tmpfs / "file").touch()
+    with (
+        (tmpfs / "file").open("rb"),
+        pytest.raises(MountBusyError, match=r"is in use: .*fuser -vm"),
+    ):
+        syscalls.unmount(tmpfs)
+    assert mount_at(tmpfs) is not None
+
+
+def test_detaching_works_while_in_use(tmpfs: Path) -> None:
+    (tmpfs / "file").write_text("content")
+    with (tmpfs / "file").open() as file:
+        syscalls.unmount(tmpfs, detach=True)
+        assert mount_at(tmpfs) is None
+        assert file.read() == "content"
+
+
+def test_unmounting_where_nothing_is_mounted_says_so(tmp_path: Path) -> None:
+    with pytest.raises(MountPointError, match="nothing is mounted at"):
+        syscalls.unmount(tmp_path)
+
+
+def test_an_unknown_file_system_says_which_module_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(MountError, match="no file system nosuchfs: load it: modprobe nosuchfs"):
+        syscalls.mount("x", tmp_path, "nosuchfs.sub", MountFlag(0))
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MountPointError, match="make the directory first"):
+        syscalls.mount("x", tmp_path / "none", "tmpfs", MountFlag(0))
+
+
+def test_without_root_the_error_says_so() -> None:
+    program = (
+        "from pathlib import Path\n"
+        "from snapshotter.mounts import syscalls\n"
+        "from snapshotter.mounts.errors import MountError\n"
+        "try: syscalls.mount('x', Path('/tmp'), 'tmpfs', syscalls.MountFlag(0))\n"
+        "except MountError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "no permission to mount /tmp: run this as root\n"
+
+
+def test_an_empty_directory_may_become_a_mount_point(tmp_path: Path) -> None:
+    check_mount_point(tmp_path)
+
+
+def test_what_is_no_empty_directory_may_not(tmpfs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(MountPointError, match="is not empty"):
+        check_mount_point(tmp_path)
+    with pytest.raises(MountPointError, match="is not a directory"):
+        check_mount_point(file)
+    with pytest.raises(MountPointError, match="does not exist: mkdir -p"):
+        check_mount_point(tmp_path / "none")
+    with pytest.raises(MountPointError, match="is a mount point already"):
+        check_mount_point(tmpfs)
+    assert os.path.ismount(tmpfs)
