@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,7 +13,13 @@ from snapshotter.demo.progress import Narrator
 from snapshotter.demo.ready import HttpProbe, LineProbe, SignOfLifeProbe
 from snapshotter.demo.run import Workload, run_demo, sample_workload
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from snapshotter.demo.ready import Probe
+
 _HTTP = re.compile(r"(\d{1,5})(/\S*)?")
+_PORTS = range(1, 65536)
 
 
 @click.command()
@@ -31,20 +38,39 @@ _HTTP = re.compile(r"(\d{1,5})(/\S*)?")
     show_default=True,
     help="How long the workload may take to get ready.",
 )
+@click.option(
+    "--link",
+    metavar="MBIT",
+    type=click.FloatRange(min=0, min_open=True),
+    default=200.0,
+    show_default=True,
+    help="Bandwidth between the registry and this machine, in Mbit/s.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the timeline as one JSON object.")
 def demo(
-    image: str | None, ready_http: str | None, ready_line: str | None, within: float, as_json: bool
+    image: str | None,
+    ready_http: str | None,
+    ready_line: str | None,
+    within: float,
+    link: float,
+    as_json: bool,
 ) -> None:
     """Start a container from an image that is not here yet.
 
-    Starts a registry on loopback, puts an image into it (IMAGE, or a sample made from this
-    machine's packages), mounts it lazily, and waits until the workload in it is ready; then does
-    the same by a full pull with containerd, and prints both timelines. IMAGE is run as it is, in
-    the host's network, and counts as ready with its first line of output unless told otherwise.
+    Starts a registry behind a link of limited bandwidth, puts an image into it (IMAGE, or a sample
+    made from this machine's packages), mounts it lazily, and waits until the workload in it is
+    ready; then does the same by a full pull with containerd, and prints both timelines. IMAGE is
+    run as it is, in the host's network, and counts as ready with its first line of output unless
+    told otherwise.
 
     Nothing it starts, mounts or writes is left behind.
     """
-    workload = _workload(image, ready_http, ready_line, within)
+    if image is None:
+        if ready_http or ready_line:
+            raise click.UsageError("the sample image knows when it is ready: give an IMAGE, too")
+        workload = sample_workload(within, link)
+    else:
+        workload = Workload(image, _probe(ready_http, ready_line), {}, within, link)
     try:
         timeline = run_demo(workload, Narrator(sys.stderr))
     except InterruptedBySignal as interrupted:
@@ -53,25 +79,19 @@ def demo(
     click.echo(timeline.as_json() if as_json else timeline.as_text())
 
 
-def _workload(
-    image: str | None, ready_http: str | None, ready_line: str | None, within: float
-) -> Workload:
+def _probe(ready_http: str | None, ready_line: str | None) -> Callable[[], Probe]:
     if ready_http and ready_line:
         raise click.UsageError("--ready-http and --ready-line exclude each other")
-    if image is None:
-        if ready_http or ready_line:
-            raise click.UsageError("the sample image knows when it is ready: give an IMAGE, too")
-        return sample_workload(within)
     if ready_http:
         match = _HTTP.fullmatch(ready_http)
-        if not match or not 0 < int(match[1]) < 1 << 16:
+        if not match or int(match[1]) not in _PORTS:
             raise click.BadParameter(f"{ready_http!r} is not PORT or PORT/PATH")
         port, path = int(match[1]), match[2] or "/"
-        return Workload(image, lambda: HttpProbe(port, path), {}, within)
+        return lambda: HttpProbe(port, path)
     if ready_line:
         try:
             pattern = re.compile(ready_line)
         except re.error as error:
             raise click.BadParameter(f"{ready_line!r} is no pattern: {error}") from error
-        return Workload(image, lambda: LineProbe(pattern), {}, within)
-    return Workload(image, SignOfLifeProbe, {}, within)
+        return lambda: LineProbe(pattern)
+    return SignOfLifeProbe

@@ -13,6 +13,7 @@ from index.errors import FirstByteError
 # Command to module. Each is imported when it is asked for: `firstbyte umount` need not wait for
 # what only `firstbyte convert` uses.
 COMMANDS = {
+    "bench": "snapshotter.cli.bench",
     "convert": "snapshotter.cli.convert",
     "daemon": "snapshotter.cli.mount",
     "demo": "snapshotter.cli.demo",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,10 @@ from snapshotter.cli import progress
 from snapshotter.cli.connection import json_option, registry_options
 from snapshotter.daemon import client, protocol
 from snapshotter.daemon.errors import DaemonError
+from snapshotter.daemon.logs import log_to_stderr
 from snapshotter.daemon.places import DEFAULT_ROOT, DEFAULT_STATE, Places
+from snapshotter.mounts.syscalls import unmount
+from snapshotter.mounts.table import mount_at
 from snapshotter.registry.layout import PREFIX
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from snapshotter.cli.progress import Progress, Task
 
-_DIRECTORY = click.Path(path_type=Path)
+_DIRECTORY = click.Path(path_type=Path, readable=False)  # who may do what is checked elsewhere
 
 
 def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,13 +110,10 @@ def umount(directory: Path, root: Path, state: Path) -> None:
 
     async def run() -> None:
         reply = await client.ask(places, protocol.UmountRequest(target), start=False)
+        assert reply is None or isinstance(reply, protocol.Unmounted)
         if reply is None:
-            raise DaemonError(
-                f"no image is mounted at {target}: no daemon runs in {places.state}",
-                hint="was it mounted with another --state?",
-            )
-        assert isinstance(reply, protocol.Unmounted)
-        if reply.ending:
+            _detach_dead(places, Path(target))
+        elif reply.ending:
             await client.wait_ended(places)
 
     trio.run(run)
@@ -151,8 +150,19 @@ def daemon(root: Path, state: Path) -> None:
     from snapshotter.daemon import process  # what the other commands leave to the daemon
 
     _require_root()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr()
     trio.run(partial(process.run, _places(root, state), stay=True, ready=lambda: None))
+
+
+def _detach_dead(places: Places, target: Path) -> None:
+    """No daemon runs, so what is mounted there can only be what a killed one has left."""
+    entry = mount_at(target)
+    if entry is None or entry.source != os.fsencode(places.mount):
+        raise DaemonError(
+            f"no image is mounted at {target}: no daemon runs in {places.state}",
+            hint="was it mounted with another --state?",
+        )
+    unmount(target, detach=True)
 
 
 class _Bars:

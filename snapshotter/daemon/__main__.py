@@ -13,9 +13,8 @@ import trio
 
 from index.errors import FirstByteError
 from snapshotter.daemon import process, protocol
+from snapshotter.daemon.logs import log_to_stderr
 from snapshotter.daemon.places import Places
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def main() -> int:
@@ -25,7 +24,7 @@ def main() -> int:
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--ready", type=int, required=True, help="descriptor of a pipe")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+    log_to_stderr()
 
     def tell(message: protocol.FromDaemon) -> None:
         with os.fdopen(options.ready, "wb") as pipe:

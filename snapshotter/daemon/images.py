@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from index.errors import FirstByteError, IntegrityError
 from snapshotter.daemon.knowledge import Knowledge
 from snapshotter.daemon.protocol import Progress
 from snapshotter.daemon.spool import Spool
@@ -22,6 +23,7 @@ from snapshotter.fuse import session
 from snapshotter.fuse.view import View
 from snapshotter.images.discovery import FoundIndex, Trust, find_index
 from snapshotter.images.indexing import build_index
+from snapshotter.images.proof import prove_tree
 from snapshotter.registry.credentials import CredentialStore
 from snapshotter.registry.locations import Locations
 from snapshotter.registry.platform import Platform
@@ -30,9 +32,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from index.errors import IntegrityError
+    from index.file import FileIndex
     from snapshotter.daemon.records import Records
     from snapshotter.fetch.scheduler import Scheduler
+    from snapshotter.fetch.stats import FetchStats
     from snapshotter.fuse.view import Views
     from snapshotter.registry.image import ImageSource, ResolvedImage
     from snapshotter.registry.transport import Transport
@@ -57,10 +60,8 @@ class OpenImage:
         self.settled = trio.Event()
         self.scope = trio.CancelScope()
 
-    @property
-    def local(self) -> bool:
-        """Whether every chunk is here, and proven to be the image's."""
-        return self.fill.fully_local.is_set()
+        self.local = False
+        """Whether every chunk is here, and layers and tree are proven to be the image's."""
 
     @property
     def quarantined(self) -> bool:
@@ -93,6 +94,11 @@ class Images:
         self._knowledge = Knowledge(root)
         self._open: dict[str, OpenImage] = {}
         self._opening: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
+
+    @property
+    def stats(self) -> FetchStats:
+        """What fetching has cost since the daemon's start."""
+        return self._scheduler.stats
 
     async def acquire(
         self,
@@ -170,14 +176,14 @@ class Images:
             raw_size=sum(table.raw_size for table in index.layers),
         )
 
-        def quarantine(_: LazyLayer, error: IntegrityError) -> None:
-            view.refusal = error
-            self._knowledge.disown(digest, index.digest)
-
-        fill = ImageFill(layers, self._scheduler, quarantine=quarantine)
+        fill = ImageFill(
+            layers,
+            self._scheduler,
+            quarantine=lambda _, error: self._quarantine(view, digest, index, error),
+        )
         image = OpenImage(digest, view, layers, fill)
         self._views.add(view)
-        self._nursery.start_soon(self._fill, image, source, resolved, found, spool)
+        self._nursery.start_soon(self._fill, image, resolved, found, spool)
         log.info(
             "opened %s: %s, %d layers, %d inodes, file index sha256:%s (%s)",
             resolved.name,
@@ -215,7 +221,6 @@ class Images:
     async def _fill(
         self,
         image: OpenImage,
-        source: ImageSource,
         resolved: ResolvedImage,
         found: FoundIndex,
         spool: Spool,
@@ -225,12 +230,36 @@ class Images:
             with image.scope:
                 for number, layer in enumerate(image.layers):
                     await trio.to_thread.run_sync(spool.pour, number, layer.stored)
-                await self._knowledge.remember(source, resolved, found)
+                await self._knowledge.remember(resolved, found)
                 await image.fill.run()
-                if image.local:
-                    log.info("all of %s is on this node", resolved.name)
+                if image.fill.fully_local.is_set():
+                    await self._prove(image, resolved, found)
         except Exception:
             log.exception("the background download of %s has ended", resolved.name)
         finally:
             spool.close()
             image.settled.set()
+
+    async def _prove(self, image: OpenImage, resolved: ResolvedImage, found: FoundIndex) -> None:
+        """The layers are the image's; is the tree theirs? Only a stranger's index is asked."""
+        if found.trust is not Trust.LOCAL:
+            try:
+                path = self._knowledge.path_of(found.index)
+                raw_paths = [layer.stored.raw_path for layer in image.layers]
+                await prove_tree(path, raw_paths, resolved.name)
+            except IntegrityError as error:
+                log.error("%s", error)
+                self._quarantine(image.view, image.digest, found.index, error)
+                return
+            except FirstByteError as error:
+                log.warning("%s", error)
+                image.fill.problem = str(error)
+                return
+            await self._knowledge.remember(resolved, FoundIndex(found.index, Trust.LOCAL))
+        image.local = True
+        log.info("all of %s is on this node", resolved.name)
+
+    def _quarantine(self, view: View, digest: str, index: FileIndex, error: IntegrityError) -> None:
+        """Serve nothing of an image any more whose file index has lied about it."""
+        view.refusal = error
+        self._knowledge.disown(digest, index.digest)

@@ -13,15 +13,14 @@ from snapshotter.images.artifact import check_belongs
 from snapshotter.images.discovery import FoundIndex, Trust
 from snapshotter.registry.image import ResolvedImage
 from snapshotter.registry.layout import PREFIX
-from snapshotter.registry.manifest import MAX_MANIFEST, Manifest, check_image, parse, parse_config
+from snapshotter.registry.manifest import Manifest, check_image, parse, parse_config
 from snapshotter.registry.reference import Reference
+from snapshotter.store.errors import StoreError
 from snapshotter.store.images import ImageRecord, ImageStore
 from snapshotter.store.indexes import IndexStore
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from snapshotter.registry.image import ImageSource
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class Knowledge:
         except FirstByteError as error:
             log.warning("the record of %s is not used: %s", reference, error)
             return None
-        return ResolvedImage(reference, manifest.descriptor, manifest, config)
+        return ResolvedImage(reference, manifest.descriptor, manifest, config, record.config)
 
     async def index_of(self, image: ResolvedImage) -> FoundIndex | None:
         """The file index that was used last time."""
@@ -83,21 +82,30 @@ class Knowledge:
 
         return await trio.to_thread.run_sync(keep)
 
-    async def remember(self, source: ImageSource, image: ResolvedImage, found: FoundIndex) -> None:
+    async def remember(self, image: ResolvedImage, found: FoundIndex) -> None:
         """Record an image and the index it is used with. Failing to is logged."""
+        record = ImageRecord(
+            reference=image.name,
+            manifest_digest=image.descriptor.digest,
+            manifest=image.manifest.raw,
+            config=image.raw_config,
+            index_digest=found.index.digest,
+            trust=found.trust.value,
+        )
+        known = await trio.to_thread.run_sync(self._records.get, image.descriptor.digest)
+        if known == record:
+            return
         try:
-            config = await source.fetch_blob(image.manifest.config, max_size=MAX_MANIFEST)
-            record = ImageRecord(
-                reference=image.name,
-                manifest_digest=image.descriptor.digest,
-                manifest=image.manifest.raw,
-                config=config,
-                index_digest=found.index.digest,
-                trust=found.trust.value,
-            )
             await trio.to_thread.run_sync(self._records.put, record)
         except FirstByteError as error:
             log.warning("%s is mounted, but not recorded: %s", image.name, error)
+
+    def path_of(self, index: FileIndex) -> Path:
+        """Where an index that was kept is. Raises StoreError if it is gone."""
+        path = self._indexes.get(index.digest)
+        if path is None:
+            raise StoreError(f"the file index sha256:{index.digest.hex()} is gone from the disk")
+        return path
 
     def disown(self, manifest_digest: str, index_digest: bytes) -> None:
         """Forget an index that lies about its image."""

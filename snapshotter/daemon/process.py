@@ -82,20 +82,28 @@ async def _answer_clients(
             stop.set()
 
     connections = Connections(service, idle)
-    with _control_socket(places) as listener:
-        async with open_nursery() as nursery:
-            nursery.start_soon(trio.serve_listeners, connections.serve, [listener])
+    async with open_nursery() as nursery:
+        with _control_socket(places) as listener:
+            accepting = trio.CancelScope()
+
+            async def accept() -> None:
+                with accepting:
+                    await trio.serve_listeners(
+                        connections.serve, [listener], handler_nursery=nursery
+                    )
+
+            nursery.start_soon(accept)
             log.info("ready: data in %s, control socket %s", places.root, places.socket)
             ready()
             if not stay:
                 nursery.start_soon(_stop_unless_used, connections, stop)
             await stop.wait()
             log.info("ending")
-            await listener.aclose()
-            service.refuse()
-            with trio.move_on_after(_DRAIN_SECONDS):
-                await connections.drained()
-            nursery.cancel_scope.cancel()
+            accepting.cancel()
+        service.refuse()
+        with trio.move_on_after(_DRAIN_SECONDS):
+            await connections.drained()
+        nursery.cancel_scope.cancel()
 
 
 async def _serve_mount(
@@ -128,6 +136,8 @@ async def _take_lock(places: Places, held: ExitStack) -> None:
                 held.push(attempt)
                 return
             attempt.close()
+            if await _answers(places):
+                break
             await trio.sleep(_LOCK_POLL_SECONDS)
     raise DaemonError(
         f"another daemon is running with the state directory {places.state}",
@@ -135,9 +145,19 @@ async def _take_lock(places: Places, held: ExitStack) -> None:
     )
 
 
+async def _answers(places: Places) -> bool:
+    """Whether the daemon that has the lock is at work. One that is ending has no socket."""
+    try:
+        stream = await trio.open_unix_socket(places.socket)
+    except OSError:
+        return False
+    await stream.aclose()
+    return True
+
+
 @contextmanager
 def _control_socket(places: Places) -> Iterator[trio.SocketListener]:
-    """Listen; at the end the socket is gone, before the lock that guards it is."""
+    """Listen; at the end the socket is gone, and clients know that they have to start another."""
     listener = listen(places.socket)
     try:
         yield listener

@@ -91,13 +91,21 @@ class Unmounted(msgspec.Struct, frozen=True, tag="unmounted"):
     ending: bool
 
 
+class Fetched(msgspec.Struct, frozen=True):
+    """What one class of fetching has cost since the daemon's start; bytes as on the network."""
+
+    requests: int
+    bytes: int
+
+
 class Status(msgspec.Struct, frozen=True, tag="status"):
-    """The reply to StatusRequest."""
+    """The reply to StatusRequest. `fetched` goes by class: blocked, readahead, startup, fill."""
 
     pid: int
     root: str
     state: str
     mounts: list[MountStatus]
+    fetched: dict[str, Fetched] = {}
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,29 +41,33 @@ class _File(msgspec.Struct):
 class Records:
     """The record file of one daemon. Every change is on disk when the method returns.
 
-    Methods write a small file and wait for the disk; call them from worker threads.
+    Thread-safe. Methods write a small file and wait for the disk; call them from worker threads.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = _File()
+        self._lock = threading.Lock()
 
     def take_slot(self) -> int:
         """A slot that was never used in this daemon's FUSE mount. Raises DaemonError."""
-        slot = self._file.next_slot
-        if slot > MAX_SLOT:
-            raise DaemonError(f"{MAX_SLOT} images were mounted", hint="restart the daemon")
-        self._file.next_slot += 1
-        self._write()
-        return slot
+        with self._lock:
+            slot = self._file.next_slot
+            if slot > MAX_SLOT:
+                raise DaemonError(f"{MAX_SLOT} images were mounted", hint="restart the daemon")
+            self._file.next_slot += 1
+            self._write()
+            return slot
 
     def add(self, record: MountRecord) -> None:
-        self._file.mounts.append(record)
-        self._write()
+        with self._lock:
+            self._file.mounts.append(record)
+            self._write()
 
     def remove(self, target: str) -> None:
-        self._file.mounts = [record for record in self._file.mounts if record.target != target]
-        self._write()
+        with self._lock:
+            self._file.mounts = [record for record in self._file.mounts if record.target != target]
+            self._write()
 
     def take_over(self) -> list[MountRecord]:
         """What a dead daemon left recorded; the file starts afresh."""
@@ -73,7 +78,8 @@ class Records:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             log.warning("%s is damaged and starts afresh: %s", self._path, error)
             left = []
-        self._write()
+        with self._lock:
+            self._write()
         return left
 
     def _write(self) -> None:

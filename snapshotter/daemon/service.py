@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from snapshotter.daemon.images import Images
     from snapshotter.daemon.places import Places
     from snapshotter.daemon.records import Records
+    from snapshotter.fetch.stats import FetchStats
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +178,8 @@ class Service:
             report(protocol.Progress("downloading", fill.done_bytes, fill.total_bytes))
             with trio.move_on_after(_LOCAL_POLL_SECONDS):
                 await mount.ended_serving.wait()
+        if image.view.refusal is not None:
+            raise image.view.refusal
         if mount.state is not MountState.LOCAL:
             raise MountError(f"{mount.target} is {mount.state.value}, and not all of it is local")
 
@@ -230,7 +233,15 @@ class Service:
             root=str(self._places.root),
             state=str(self._places.state),
             mounts=[_status_of(mount) for mount in self._mounts.values()],
+            fetched=_fetched(self._images.stats),
         )
+
+
+def _fetched(stats: FetchStats) -> dict[str, protocol.Fetched]:
+    return {
+        priority.name.lower(): protocol.Fetched(requests, stats.received_bytes[priority])
+        for priority, requests in stats.requests.items()
+    }
 
 
 def _status_of(mount: Mount) -> protocol.MountStatus:

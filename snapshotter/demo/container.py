@@ -78,6 +78,7 @@ class Container:
         # workspace's directory.
         self._id = f"{workspace.path.name}-{name}"
         self._lower = lower
+        self._pid_file = self._directory / "pid"
         self._process: subprocess.Popen[bytes] | None = None
         self.output = Output()
 
@@ -96,11 +97,17 @@ class Container:
         reader, writer = os.pipe()
         try:
             self._process = self._workspace.start(
-                [*self._runc("run"), "--bundle", bundle, self._id], output=writer, errors=writer
+                [*self._runc("run"), "--bundle", bundle, "--pid-file", self._pid_file, self._id],
+                output=writer,
+                errors=writer,
             )
         finally:
             os.close(writer)
             self.output.follow(reader)
+
+    def started(self) -> bool:
+        """Whether runc has started the workload. What is printed before is runc's complaint."""
+        return self._pid_file.exists()
 
     def exit_status(self) -> int | None:
         """The workload's exit status; None while it runs."""

@@ -1,23 +1,31 @@
-"""The lazy mount, by the commands that a user would type."""
+"""The lazy mount, by the commands that a user types."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from snapshotter.daemon.places import Places
 from snapshotter.demo.errors import DemoError
+from snapshotter.demo.workspace import stop_group
+from snapshotter.mounts.table import mount_at
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from snapshotter.demo.workspace import Workspace
 
+_FIRSTBYTE = (sys.executable, "-m", "snapshotter.cli.main")
+
 _BUILD_SECONDS = 3600.0
+_START_SECONDS = 30.0
 _MOUNT_SECONDS = 120.0
 _COMMAND_SECONDS = 30.0
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.05
 
 
 class _Mount(msgspec.Struct, frozen=True):
@@ -32,40 +40,62 @@ class _Status(msgspec.Struct, frozen=True):
     mounts: list[_Mount]
 
 
-class LazyMount:
-    """One image, mounted by an instance of FirstByte with nothing in its store yet."""
+def build_index(workspace: Workspace, reference: str) -> None:
+    """Build an image's file index, and push it to where the image is."""
+    workspace.run([*_FIRSTBYTE, "index", "build", reference, "--push"], seconds=_BUILD_SECONDS)
 
-    def __init__(self, workspace: Workspace, reference: str) -> None:
+
+class Node:
+    """An instance of FirstByte in the workspace, with nothing in its store yet.
+
+    Its daemon runs from the end of the constructor until `stop`, as containerd's does.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
-        self._reference = reference
-        self._node = ("--root", workspace.path / "root", "--state", workspace.path / "state")
-        self.directory: Path = workspace.directory("lazy")
+        places = Places(workspace.path / "root", workspace.path / "state")
+        self._options = ("--root", places.root, "--state", places.state)
+        self._log = workspace.path / "daemon.log"
+        with self._log.open("wb") as log:
+            self._daemon = workspace.start(
+                [*_FIRSTBYTE, "daemon", *self._options],
+                output=log.fileno(),
+                errors=subprocess.STDOUT,
+            )
+        workspace.defer("stop the daemon", self.stop)
+        self._wait(places)
 
-    def build_index(self) -> None:
-        """Build the image's file index, and push it to where the image is."""
-        self._firstbyte("index", "build", self._reference, "--push", seconds=_BUILD_SECONDS)
+    def mount(self, reference: str, directory: Path) -> None:
+        """Mount an image at a directory; the workspace unmounts it."""
+        self._workspace.defer(f"unmount {directory}", lambda: self.unmount(directory))
+        self._firstbyte("mount", reference, directory, seconds=_MOUNT_SECONDS)
 
-    def mount(self) -> None:
-        """Mount the image at `directory`; the workspace unmounts it."""
-        self._workspace.defer("unmount the image", self.unmount)
-        self._firstbyte(
-            "mount", *self._node, self._reference, self.directory, seconds=_MOUNT_SECONDS
+    def local_bytes(self, directory: Path) -> tuple[int, int]:
+        """How much of the unpacked image is on this machine, and how much there is."""
+        text = self._firstbyte("status", "--json", seconds=_COMMAND_SECONDS)
+        for mount in msgspec.json.decode(text, type=_Status).mounts:
+            if mount.target == str(directory):
+                return mount.local_bytes, mount.total_bytes
+        raise DemoError(f"firstbyte status does not know the mount at {directory}")
+
+    def unmount(self, directory: Path) -> None:
+        """Take a mount down; fine if there is none."""
+        if mount_at(directory):
+            self._firstbyte("umount", directory, seconds=_COMMAND_SECONDS)
+
+    def stop(self) -> None:
+        """End the daemon; nothing if it ended already."""
+        stop_group(self._daemon)
+
+    def _firstbyte(self, command: str, *arguments: str | Path, seconds: float) -> str:
+        return self._workspace.run(
+            [*_FIRSTBYTE, command, *self._options, *arguments], seconds=seconds
         )
 
-    def local_bytes(self) -> tuple[int, int]:
-        """How much of the unpacked image is on this machine, and how much there is."""
-        text = self._firstbyte("status", *self._node, "--json", seconds=_COMMAND_SECONDS)
-        status = msgspec.json.decode(text, type=_Status)
-        for mount in status.mounts:
-            if mount.target == str(self.directory):
-                return mount.local_bytes, mount.total_bytes
-        raise DemoError(f"firstbyte status does not know the mount at {self.directory}")
-
-    def unmount(self) -> None:
-        """Take the mount down; fine if there is none."""
-        if self.directory.is_mount():
-            self._firstbyte("umount", *self._node, self.directory, seconds=_COMMAND_SECONDS)
-
-    def _firstbyte(self, *arguments: str | Path, seconds: float) -> str:
-        command = [sys.executable, "-m", "snapshotter.cli.main", *arguments]
-        return self._workspace.run(command, seconds=seconds)
+    def _wait(self, places: Places) -> None:
+        end = time.monotonic() + _START_SECONDS
+        while time.monotonic() < end and self._daemon.poll() is None:
+            if places.socket.exists():
+                return
+            self._workspace.interruption.sleep(_POLL_SECONDS)
+        raise DemoError("firstbyte's daemon does not start", hint=self._log.read_text()[-500:])

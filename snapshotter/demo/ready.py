@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from snapshotter.demo.container import Container
     from snapshotter.demo.interruption import Interruption
 
+_START_POLL_SECONDS = 0.005
 _HTTP_POLL_SECONDS = 0.02
 _HTTP_SECONDS = 5.0  # for one answer
 _SHOWN_LINES = 15
@@ -95,8 +96,11 @@ def wait_ready(
     while True:
         interruption.check()
         status = container.exit_status()
-        if probe.ready(container):
-            return
+        if container.started():
+            if probe.ready(container):
+                return
+        else:
+            time.sleep(_START_POLL_SECONDS)
         if status is not None:
             problem = f"the workload ended with status {status} before it was ready"
         elif time.monotonic() > end:

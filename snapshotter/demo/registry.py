@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,6 +15,7 @@ import msgspec
 from snapshotter.demo.errors import DemoError
 from snapshotter.demo.workspace import stop_group
 from snapshotter.registry.endpoint import is_loopback
+from snapshotter.registry.layout import PREFIX
 from snapshotter.registry.reference import Reference
 
 if TYPE_CHECKING:
@@ -42,23 +42,11 @@ http:
 _LISTENING = re.compile(rb"listening on (127\.0\.0\.1:\d+)")
 
 
-class _Answer(msgspec.Struct, frozen=True):
-    """A line of the log, as far as it matters here."""
+class _LogLine(msgspec.Struct, frozen=True):
+    """As far as it matters here."""
 
     message: str = msgspec.field(name="msg", default="")
     method: str = msgspec.field(name="http.request.method", default="")
-    written: int = msgspec.field(name="http.response.written", default=0)
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What the registry has answered so far: requests to read, and the bytes of their answers."""
-
-    requests: int
-    sent_bytes: int
-
-    def __sub__(self, earlier: Traffic) -> Traffic:
-        return Traffic(self.requests - earlier.requests, self.sent_bytes - earlier.sent_bytes)
 
 
 class LocalRegistry:
@@ -83,29 +71,26 @@ class LocalRegistry:
         """End it; nothing if it ended already."""
         stop_group(self._process)
 
-    def copy_in(self, image: str, name: str) -> str:
-        """Copy an image, unchanged, into this registry; returns its reference here.
+    def copy_in(self, image: str, name: str) -> None:
+        """Copy an image, unchanged, into this registry, as `name` (REPOSITORY:TAG).
 
         `image` is a reference as people type it, or oci:PATH:TAG. Of one for several platforms,
         that of this machine is copied. Raises InvalidReferenceError or DemoError.
         """
-        reference = f"{self.host}/{name}"
         source, options = image, []
-        if not image.startswith("oci:"):
+        if not image.startswith(PREFIX):
             source = f"docker://{image}"
             if is_loopback(Reference.parse(image).registry):
                 options = ["--src-tls-verify=false"]
         copy = ["skopeo", "copy", "--quiet", "--preserve-digests", "--dest-tls-verify=false"]
         self._workspace.run(
-            [*copy, *options, source, f"docker://{reference}"], seconds=_COPY_SECONDS
+            [*copy, *options, source, f"docker://{self.host}/{name}"], seconds=_COPY_SECONDS
         )
-        return reference
 
-    def traffic(self) -> Traffic:
-        """From the registry's own log, which has a request once it is answered in full."""
+    def answered(self) -> int:
+        """How many requests to read something have been answered so far."""
         lines = (_decode(line) for line in self._log.read_bytes().splitlines())
-        answers = [a for a in lines if a.message == "response completed" and a.method == "GET"]
-        return Traffic(len(answers), sum(answer.written for answer in answers))
+        return sum(line.message == "response completed" and line.method == "GET" for line in lines)
 
     def _wait(self) -> str:
         end = time.monotonic() + _READY_SECONDS
@@ -116,8 +101,8 @@ class LocalRegistry:
         raise DemoError("docker-registry does not answer", hint=self._log.read_text()[-500:])
 
 
-def _decode(line: bytes) -> _Answer:
+def _decode(line: bytes) -> _LogLine:
     try:
-        return msgspec.json.decode(line, type=_Answer)
+        return msgspec.json.decode(line, type=_LogLine)
     except msgspec.DecodeError:
-        return _Answer()  # not of the registry's log, or not written to its end
+        return _LogLine()  # not of the registry's log, or not written to its end

@@ -16,16 +16,18 @@ from snapshotter.demo.baseline import Containerd
 from snapshotter.demo.container import Container
 from snapshotter.demo.errors import DemoError
 from snapshotter.demo.interruption import Interruption
-from snapshotter.demo.lazy import LazyMount
+from snapshotter.demo.lazy import Node, build_index
+from snapshotter.demo.link import Link
 from snapshotter.demo.ready import HttpProbe, Probe, wait_ready
 from snapshotter.demo.registry import LocalRegistry
 from snapshotter.demo.timeline import FullPull, Lazy, Timeline
 from snapshotter.demo.workspace import Workspace
+from snapshotter.registry.layout import PREFIX
 from snapshotter.registry.manifest import Manifest, parse, parse_config
 from snapshotter.registry.reference import DEFAULT_TAG, Reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from snapshotter.demo.progress import Narrator
     from snapshotter.registry.manifest import ImageConfig
@@ -43,19 +45,22 @@ class Workload:
     """What to start. `image` is a reference, oci:PATH:TAG, or None for the sample image.
 
     `probe` makes a new probe for each start; `seconds` is how long one may take to get ready.
+    Both starts get their bytes over a link of `link_mbit` Mbit/s.
     """
 
     image: str | None
     probe: Callable[[], Probe]
-    environment: dict[str, str]
+    environment: Mapping[str, str]
     seconds: float
+    link_mbit: float
 
 
-def sample_workload(seconds: float) -> Workload:
+def sample_workload(seconds: float, link_mbit: float) -> Workload:
     """The sample image, ready when its web application answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    return Workload(None, lambda: HttpProbe(port, _SAMPLE_PAGE), {"PORT": str(port)}, seconds)
+    environment = {"PORT": str(port)}
+    return Workload(None, lambda: HttpProbe(port, _SAMPLE_PAGE), environment, seconds, link_mbit)
 
 
 def run_demo(workload: Workload, narrator: Narrator) -> Timeline:
@@ -88,32 +93,37 @@ class _Demo:
     def run(self) -> Timeline:
         with self._narrator.step("start a registry on loopback"):
             registry = LocalRegistry(self._workspace)
-        reference = self._publish(registry)
-        manifest, config = self._inspect(reference)
-        lazy = self._start_lazily(registry, reference, config)
-        full = self._start_after_pull(reference, config)
+            link = Link(registry.host, self._workload.link_mbit * 1e6 / 8)
+            self._workspace.defer("stop the link", link.stop)
+        name = self._publish(registry)
+        near, far = f"{registry.host}/{name}", f"{link.host}/{name}"
+        with self._narrator.step("build the file index, and push it beside the image"):
+            build_index(self._workspace, near)
+        manifest, config = self._inspect(near)
         return Timeline(
             image=self._workload.image or "sample image",
+            link_mbit=self._workload.link_mbit,
             layers=len(manifest.layers),
             image_bytes=sum(layer.size for layer in manifest.layers),
-            lazy=lazy,
-            full_pull=full,
+            lazy=self._start_lazily(registry, link, far, config),
+            full_pull=self._start_after_pull(far, config),
         )
 
     def _publish(self, registry: LocalRegistry) -> str:
-        """The reference of the image, which is in the local registry afterwards."""
+        """The name of the image, which is in the local registry afterwards."""
         if self._workload.image is not None:
+            name = _local_name(self._workload.image)
             with self._narrator.step(f"copy {self._workload.image} into it"):
-                return registry.copy_in(self._workload.image, _local_name(self._workload.image))
-        layout = self._workspace.path / "layout"
+                registry.copy_in(self._workload.image, name)
+            return name
+        layout, name = self._workspace.path / "layout", f"sample:{DEFAULT_TAG}"
         with self._narrator.step("make the sample image from this machine's packages") as step:
             layers = sample_image.build(layout, self._interruption.check)
-            size, raw = sum(x.size for x in layers), sum(x.raw_size for x in layers)
-            step.detail = (
-                f"{len(layers)} layers, {raw / 1e6:.0f} MB unpacked, {size / 1e6:.0f} MB compressed"
-            )
+            raw = sum(layer.raw_size for layer in layers)
+            step.detail = f"{len(layers)} layers, {raw / 1e6:.0f} MB unpacked"
         with self._narrator.step("push it, as any tool would"):
-            return registry.copy_in(f"oci:{layout}:{sample_image.TAG}", "sample:latest")
+            registry.copy_in(f"{PREFIX}{layout}:{sample_image.TAG}", name)
+        return name
 
     def _inspect(self, reference: str) -> tuple[Manifest, ImageConfig]:
         def inspect(*options: str) -> bytes:
@@ -125,32 +135,35 @@ class _Demo:
         assert isinstance(manifest, Manifest)  # skopeo copied one image
         return manifest, parse_config(inspect("--config"), reference)
 
-    def _start_lazily(self, registry: LocalRegistry, reference: str, config: ImageConfig) -> Lazy:
-        lazy = LazyMount(self._workspace, reference)
-        with self._narrator.step("build the file index, and push it beside the image"):
-            lazy.build_index()
+    def _start_lazily(
+        self, registry: LocalRegistry, link: Link, reference: str, config: ImageConfig
+    ) -> Lazy:
+        directory = self._workspace.directory("lazy")
+        with self._narrator.step("start a daemon with an empty store"):
+            node = Node(self._workspace)
         self._drop_caches()
-        before, started = registry.traffic(), time.monotonic()
-        with self._narrator.step("mount the image, of which nothing is here yet"):
-            lazy.mount()
+        carried, answered, started = link.carried, registry.answered(), time.monotonic()
+        with self._narrator.step("mount the image"):
+            node.mount(reference, directory)
         mounted = time.monotonic() - started
-        with self._container("lazy-start", lazy.directory, config):
+        with self._container("lazy-start", directory, config):
             ready = time.monotonic() - started
-            traffic = registry.traffic() - before
-            local = self._wait_local(lazy, started)
-        lazy.unmount()
+            carried, answered = link.carried - carried, registry.answered() - answered
+            local = self._wait_local(node, directory, started)
+        node.unmount(directory)
+        node.stop()
         return Lazy(
             mounted_seconds=mounted,
             ready_seconds=ready,
-            fetched_bytes=traffic.sent_bytes,
-            requests=traffic.requests,
+            fetched_bytes=carried,
+            requests=answered,
             local_seconds=local,
         )
 
-    def _wait_local(self, lazy: LazyMount, started: float) -> float:
+    def _wait_local(self, node: Node, directory: Path, started: float) -> float:
         with self._narrator.step("wait until the rest has come in the background") as step:
             while time.monotonic() - started < _LOCAL_SECONDS:
-                local, total = lazy.local_bytes()
+                local, total = node.local_bytes(directory)
                 if local == total:
                     return time.monotonic() - started
                 step.detail = f"{local / 1e6:.0f} of {total / 1e6:.0f} MB"
@@ -194,7 +207,7 @@ class _Demo:
 
 def _local_name(image: str) -> str:
     """Repository and tag in the local registry, to be recognised by."""
-    if image.startswith("oci:"):
+    if image.startswith(PREFIX):
         return f"image:{DEFAULT_TAG}"
     reference = Reference.parse(image)
     return f"{reference.repository}:{reference.tag or DEFAULT_TAG}"

@@ -7,7 +7,7 @@ import msgspec
 
 class Lazy(msgspec.Struct, frozen=True, kw_only=True):
     """The lazy start. Times are seconds since `firstbyte mount` was called; what the registry sent
-    until the workload was ready is in bytes and in requests."""
+    until the workload was ready, for it and in the background, is in bytes and in requests."""
 
     mounted_seconds: float
     ready_seconds: float
@@ -24,9 +24,11 @@ class FullPull(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timeline(msgspec.Struct, frozen=True, kw_only=True):
-    """Both starts of one image. `image_bytes` is the size of its layers as they travel."""
+    """Both starts of one image, over the same link. `image_bytes` is the size of its layers as they
+    travel."""
 
     image: str
+    link_mbit: float
     layers: int
     image_bytes: int
     lazy: Lazy
@@ -64,7 +66,8 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
         )
         return "\n".join(
             [
-                f"{self.image}: {self.layers} layers, {_mb(self.image_bytes)} compressed",
+                f"{self.image}: {self.layers} layers, {_mb(self.image_bytes)} compressed, "
+                f"over {self.link_mbit:g} Mbit/s",
                 "",
                 *table,
                 "",

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 # In the environment of every process that is started here, and so of their children.
 MARK = "FIRSTBYTE_DEMO"
 
-# Large and on a disk: /tmp may be a tmpfs, and the demo unpacks an image. Names in it are random.
-_PARENT = Path("/var/tmp")  # noqa: S108
+# Unless TMPDIR says otherwise. It is on a disk, /tmp may be a tmpfs; names in it are random.
+_PARENT = "/var/tmp"  # noqa: S108
 
 _GRACE_SECONDS = 5.0  # from SIGTERM to SIGKILL
 _LAST_LINES = 12  # of a failed program's output, for the error message
@@ -49,7 +49,8 @@ class Workspace:
         self.path = Path()
 
     def __enter__(self) -> Self:
-        self.path = Path(tempfile.mkdtemp(prefix="firstbyte-demo-", dir=_PARENT))
+        parent = os.environ.get("TMPDIR", _PARENT)
+        self.path = Path(tempfile.mkdtemp(prefix="firstbyte-demo-", dir=parent)).resolve()
         return self
 
     def __exit__(

@@ -61,6 +61,8 @@ class LazyLayer:
         Raises FormatError if the range is not within raw space.
         """
         first, last = self._chunks(raw_offset, length)
+        if self._closed:
+            return None
         if (first, last) != self._latest:
             self._note(first, last)
         if first == last:
@@ -130,7 +132,7 @@ class LazyLayer:
         if self._recorder is not None:
             self._recorder.touch(self._number, first, last)
         ahead = self._readers.advance(first, last)
-        if ahead and not self.stored.complete and not self._closed:
+        if ahead and not self.stored.complete:
             within = range(ahead.start, min(ahead.stop, self.table.chunk_count))
             self._scheduler.advise(self.origin, within, Priority.READAHEAD)
 

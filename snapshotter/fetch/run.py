@@ -7,6 +7,7 @@ the next goes on where the decoder is.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from snapshotter.fetch.wants import MOST_URGENT_FIRST, Priority
 from snapshotter.store.errors import StoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from index.codecs.base import Decoder
     from snapshotter.fetch.source import Origin
     from snapshotter.fetch.wants import LayerWants, Want
@@ -190,12 +193,8 @@ class Run:
         try:
             if self._decoder is None:
                 self._decoder = self._make_decoder()
-            large = self.span.raw_end - self.span.raw_start > SLICE_SPAN
-            step = SLICE if large else len(data)
-            view = memoryview(data)
-            for start in range(0, len(data), step or 1):
-                raw = self._decoder.feed(view[start : start + step])
-                arrivals += self._cut(raw, remember)
+            for piece in self._slices(data):
+                arrivals += self._cut(self._decoder.feed(piece), remember)
             if self.position >= self.span.end and self._raw_position < self.span.raw_end:
                 raise CodecError(
                     f"bytes {self.span.start} to {self.span.end} of {self.origin.table} decode to "
@@ -219,6 +218,23 @@ class Run:
             window=self.origin.source.window(span.point),
             limit=span.raw_end - span.raw_start,
         )
+
+    def _slices(self, data: bytes) -> Iterator[memoryview]:
+        """Received bytes, cut at seek points, so that a broken frame does not take those before
+        it along, and into small slices where little may become much."""
+        bits = self.origin.table.bit_offsets
+        large = self.span.raw_end - self.span.raw_start > SLICE_SPAN
+        begin = self.position - len(data)
+        view, start = memoryview(data), 0
+        point = bisect_right(bits, 8 * begin)
+        while start < len(data):
+            stop = start + SLICE if large else len(data)
+            while point < len(bits) and -(-bits[point] // 8) - begin <= start:
+                point += 1
+            if point < len(bits):
+                stop = min(stop, -(-bits[point] // 8) - begin)
+            yield view[start:stop]
+            start = stop
 
     def _cut(self, raw: bytes, remember: bool) -> list[Arrival]:
         table = self.origin.table

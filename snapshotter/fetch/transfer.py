@@ -16,9 +16,10 @@ from snapshotter.registry.errors import NetworkError, ProtocolError, RegistryErr
 from snapshotter.registry.retry import RetryPolicy
 
 if TYPE_CHECKING:
+    from index.errors import IntegrityError
     from snapshotter.fetch.run import Arrival, Run
     from snapshotter.fetch.stats import FetchStats
-    from snapshotter.fetch.wants import WantTable
+    from snapshotter.fetch.wants import Want, WantTable
 
 log = logging.getLogger(__name__)
 
@@ -189,23 +190,28 @@ class Transfer:
         return True
 
     def _land(self, run: Run, arrival: Arrival) -> bool:
-        """Hand a chunk to those who wait for it. False if it has to be fetched anew."""
-        want = run.wants.get(arrival.chunk)
+        """Hand a chunk to those who wait for it, whichever run was to bring it. False if this run
+        has to fetch it anew."""
+        want = run.layer.wants.get(arrival.chunk)
         if want is None:
             return True
         if arrival.damage is not None:
-            self._stats.damaged += 1
-            log.error("%s, from %s", arrival.damage, run.span)
-            if want.refetched:
-                self._wants.fail(want, arrival.damage)
-                return True
-            want.refetched = True
-            return False
-        if arrival.unsaved is not None and arrival.data is None:
-            self._wants.give_back(want)  # wanted since it was cut, and not kept
-        else:
+            return want.run is not run or self._tolerate(run, want, arrival.damage)
+        if arrival.unsaved is None or arrival.data is not None:
             self._wants.arrive(want, arrival.data, arrival.unsaved)
+        elif want.run is run:  # wanted since it was cut, and not kept
+            self._wants.give_back(want)
         return True
+
+    def _tolerate(self, run: Run, want: Want, damage: IntegrityError) -> bool:
+        """False the first time that a chunk has not its digest, then those who wait are told."""
+        self._stats.damaged += 1
+        log.error("%s, from %s", damage, run.span)
+        if want.refetched:
+            self._wants.fail(want, damage)
+            return True
+        want.refetched = True
+        return False
 
     def _recover(self, run: Run, error: FirstByteError) -> None:
         """What to do when the bytes of a span cannot be decoded: try once more, then fail those

@@ -183,7 +183,8 @@ class WantTable:
         self.queues[want.priority][want] = None
 
     def arrive(self, want: Want, data: bytes | None, problem: StoreError | None) -> None:
-        """In flight to stored, or to absent if the disk did not take it (`problem`).
+        """In flight (or wanted, when another run came by) to stored; to absent if the disk did not
+        take it (`problem`).
 
         `data` are the verified bytes, or None if they are in the store alone.
         """

@@ -67,7 +67,6 @@ async def convert(
     decompressed again and compared before the image gets its name. `on_progress` gets the
     compressed bytes read so far. Raises what reading, decoding and writing raise.
     """
-    raw_config = await source.fetch_blob(image.manifest.config, max_size=image.manifest.config.size)
     layers: list[_Layer] = []
     done = 0
     for descriptor, diff_id in zip(
@@ -96,9 +95,9 @@ async def convert(
     await sink.write_blob(blob, body_of(packed))
     pin = {artifact.LAYER_ANNOTATION: f"{blob.digest},{blob.size}"}
     config = Descriptor(
-        media_type=OCI_CONFIG, digest=image.manifest.config.digest, size=len(raw_config)
+        media_type=OCI_CONFIG, digest=image.manifest.config.digest, size=len(image.raw_config)
     )
-    await sink.write_blob(config, body_of(raw_config))
+    await sink.write_blob(config, body_of(image.raw_config))
     manifest = Manifest.build(
         config=config,
         layers=[msgspec.structs.replace(layer.descriptor, annotations=pin) for layer in layers],

@@ -30,7 +30,7 @@ class Trust(enum.Enum):
 
     ANNOTATION = "annotation"  # the image's own digest pins it
     REFERRER = "referrer"  # somebody who may push to the repository attached it
-    LOCAL = "local"  # built on this node, or given as a file
+    LOCAL = "local"  # this node built it from the layers, or has proven that it is theirs
 
 
 @dataclass(frozen=True, slots=True)

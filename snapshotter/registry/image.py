@@ -26,14 +26,15 @@ _MAX_NESTING = 3  # platform lists may list lists; nobody needs more, and a cycl
 class ResolvedImage:
     """One image, for one platform, by digest: everything but its layers.
 
-    `name` is for people; `descriptor` names `manifest`. `config.rootfs.diff_ids` has one entry
-    per layer.
+    `name` is for people; `descriptor` names `manifest`. `config` was read from `raw_config`; its
+    `rootfs.diff_ids` has one entry per layer.
     """
 
     name: str
     descriptor: Descriptor
     manifest: Manifest
     config: ImageConfig
+    raw_config: bytes
 
 
 Body = Callable[[], AbstractAsyncContextManager[AsyncIterator[bytes]]]
@@ -118,7 +119,7 @@ async def resolve(source: ImageSource, platform: Platform) -> ResolvedImage:
             f"{source.name} has {len(root.layers)} layers, but its configuration "
             f"lists {len(config.rootfs.diff_ids)}"
         )
-    return ResolvedImage(source.name, root.descriptor, root, config)
+    return ResolvedImage(source.name, root.descriptor, root, config, raw)
 
 
 def body_of(data: bytes) -> Body:

@@ -8,7 +8,7 @@ a host.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from snapshotter.registry.digests import check_digest
 from snapshotter.registry.errors import InvalidReferenceError, ProtocolError
@@ -82,10 +82,6 @@ class Reference:
         selector = self.digest or self.tag
         assert selector is not None
         return selector
-
-    def with_digest(self, digest: str) -> Reference:
-        """The same image, pinned to `digest`."""
-        return replace(self, digest=check_digest(digest))
 
 
 def _invalid(text: str, problem: str, hint: str) -> InvalidReferenceError:

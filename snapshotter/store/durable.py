@@ -40,7 +40,7 @@ def make_directory(path: Path) -> None:
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """Write a file under a temporary name, sync it, rename it, sync the directory.
 
-    Raises StoreError and leaves nothing behind; what `pieces` raises passes through.
+    Raises StoreError, or what `pieces` raises, and leaves nothing behind then.
     """
     temporary = ""
     try:

@@ -279,4 +279,5 @@ class StoredLayer:
     def release(self) -> None:
         """Close the files. For the store alone, when nobody can use the layer any more."""
         os.close(self._raw)
+        self._raw = -1  # a late caller gets EBADF, not whatever file has the number next
         self._presence.close()

@@ -44,6 +44,7 @@ class LayerStore:
         self._layers: dict[bytes, StoredLayer] = {}
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
+        self._closed = False
         make_directory(self._directory)
         lock_path = root / "lock"
         try:
@@ -110,7 +111,10 @@ class LayerStore:
         )
 
     def close(self) -> None:
-        """Flush, close every layer, whoever has it open, and give the root up."""
+        """Flush, close every layer, whoever has it open, and give the root up. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             self.flush()
         except StoreError as error:

@@ -126,6 +126,7 @@ class PresenceFile:
 
     def close(self) -> None:
         os.close(self._handle)
+        self._handle = -1
 
     def _change(self, chunks: Iterable[int], *, present: bool) -> None:
         blocks = set()

@@ -53,9 +53,9 @@ def test_a_message_that_makes_no_sense_is_refused_with_a_hint(line: bytes) -> No
 
 def test_a_message_without_end_is_refused_before_it_fills_memory() -> None:
     reader = protocol.request_reader()
+    assert reader.feed(b"x" * protocol.MAX_MESSAGE) == []
     with pytest.raises(ControlProtocolError, match="exceeds"):
-        for _ in range(100):
-            reader.feed(b"x" * (protocol.MAX_MESSAGE // 10))
+        reader.feed(b"x")
 
 
 def test_answers_and_requests_of_the_same_name_do_not_mix() -> None:

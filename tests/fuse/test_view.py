@@ -96,3 +96,10 @@ def test_views_are_listed_by_slot_and_a_listing_can_be_continued() -> None:
     assert views.named(b"a") is None
     assert views.in_slot(2) is None
     assert views.named(b"c") is made[0]
+
+
+async def test_a_view_that_refuses_serves_nothing_any_more() -> None:
+    view, nid, content, _ = file_in_pieces(local=True)
+    view.refusal = FirstByteError("the index lies")
+    with pytest.raises(FirstByteError, match="the index lies"):
+        view.read_now(nid, 0, len(content))

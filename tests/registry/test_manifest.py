@@ -166,7 +166,7 @@ def test_config() -> None:
     }
     config = parse_config(json.dumps(document).encode(), "it")
     assert config.run.entrypoint == ["/init"]
-    assert config.run.cmd is config.run.env is config.run.user is None
+    assert (config.run.cmd, config.run.env, config.run.user) == (None, None, None)
     assert str(config.platform) == "linux/arm64"
     without = document | {"config": None}
     assert parse_config(json.dumps(without).encode(), "it").run.entrypoint is None

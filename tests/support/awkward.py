@@ -50,8 +50,12 @@ def layers_beyond_umoci() -> list[bytes]:
             pax_header((b"comment", b"as git archive writes it"), kind=b"g"),
             directory(b"sparse"),
             sparse_old(b"sparse/old", 40_000, [(0, page * 2), (8192, page), (40_000, b"")]),
-            sparse_old(b"sparse/old-extended", 600_000, [(n * 9728, page) for n in range(60)]),
-            sparse_old(b"sparse/old-hole-only", 1 << 20, []),
+            sparse_old(
+                b"sparse/old-extended",
+                600_000,
+                [*((n * 9728, page) for n in range(60)), (600_000, b"")],
+            ),
+            sparse_old(b"sparse/old-hole-only", 1 << 20, [(1 << 20, b"")]),
             Member(b"sparse/contiguous", b"7", b"a type of its own, read as a plain file"),
         )
     ]
@@ -60,7 +64,7 @@ def layers_beyond_umoci() -> list[bytes]:
 def huge_layers() -> list[bytes]:
     """A sparse file of more than 4 GiB. By itself because an unpack writes all of its zeros."""
     size = (4 << 30) + 70_000
-    runs = [(0, b"first" * 512), (1 << 20, b"m" * 1024), ((4 << 30) + 512, b"last")]
+    runs = [(0, b"first" * 512), (1 << 20, b"m" * 1024), ((4 << 30) + 512, b"last"), (size, b"")]
     return [tar(sparse_pax(b"huge", size, runs))]
 
 

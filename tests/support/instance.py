@@ -24,6 +24,19 @@ WAIT_SECONDS = 30
 POLL_SECONDS = 0.02
 
 
+def firstbyte(*arguments: str | Path) -> str:
+    """What a command that uses no node's state prints; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "snapshotter.cli.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 class Instance:
     """`base` holds root, state, and directories to mount on."""
 
@@ -62,6 +75,17 @@ class Instance:
         path = self.base / name
         path.mkdir()
         return path
+
+    @contextmanager
+    def mounted(self, reference: str, *options: str) -> Iterator[Path]:
+        """An image's tree, for as long as the block runs."""
+        target = self.directory("tree")
+        self.succeed("mount", reference, target, *options)
+        try:
+            yield target
+        finally:
+            self.succeed("umount", target)
+            target.rmdir()
 
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.succeed("status", "--json"))

@@ -7,8 +7,11 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Literal
 
+from index.convert import FrameWriter
+from index.tables import Codec
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 _LAYER_TYPES = {
@@ -30,6 +33,36 @@ def write_layout(
     Equal arguments give equal bytes. `config` adds to, or replaces, keys of the image's
     configuration. A layout that exists already keeps its other images.
     """
+    packed = [
+        (gzip.compress(raw, 6, mtime=0) if compress == "gzip" else raw, raw_digest([raw]))
+        for raw in layers
+    ]
+    return write_packed(path, packed, _LAYER_TYPES[compress], tag=tag, config=config)
+
+
+def seekable(raw: Iterable[bytes]) -> bytes:
+    """A layer that is too large for memory, in zstd frames."""
+    writer = FrameWriter(Codec.ZSTD, level=1, threads=2)
+    return b"".join([*map(writer.feed, raw), writer.finish()])
+
+
+def raw_digest(raw: Iterable[bytes]) -> str:
+    """A diffID."""
+    hasher = hashlib.sha256()
+    for piece in raw:
+        hasher.update(piece)
+    return f"sha256:{hasher.hexdigest()}"
+
+
+def write_packed(
+    path: Path,
+    layers: Sequence[tuple[bytes, str]],
+    media_type: str,
+    *,
+    tag: str = "latest",
+    config: Mapping[str, object] | None = None,
+) -> str:
+    """As `write_layout`, of blobs with their diffIDs."""
     blobs = path / "blobs" / "sha256"
     blobs.mkdir(parents=True, exist_ok=True)
 
@@ -41,20 +74,18 @@ def write_layout(
     def add_json(value: object, media_type: str) -> dict[str, object]:
         return add(json.dumps(value, sort_keys=True).encode(), media_type)
 
-    packed = [gzip.compress(raw, 6, mtime=0) if compress == "gzip" else raw for raw in layers]
-    diff_ids = [f"sha256:{hashlib.sha256(raw).hexdigest()}" for raw in layers]
     configuration = {
         "architecture": "amd64",
         "os": "linux",
         "config": {},
-        "rootfs": {"type": "layers", "diff_ids": diff_ids},
+        "rootfs": {"type": "layers", "diff_ids": [diff_id for _, diff_id in layers]},
         **(config or {}),
     }
     manifest = {
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": add_json(configuration, "application/vnd.oci.image.config.v1+json"),
-        "layers": [add(data, _LAYER_TYPES[compress]) for data in packed],
+        "layers": [add(data, media_type) for data, _ in layers],
     }
     descriptor = add_json(manifest, "application/vnd.oci.image.manifest.v1+json")
     digest = str(descriptor["digest"])

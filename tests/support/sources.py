@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import trio
 from snapshotter.registry.errors import NetworkError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from index.errors import FirstByteError
     from tests.support.blobs import MadeLayer
@@ -58,11 +58,12 @@ class MemorySource:
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         try:
-            yield self._body(start, end, fault)
+            async with aclosing(self._body(start, end, fault)) as body:
+                yield body
         finally:
             self.open -= 1
 
-    async def _body(self, start: int, end: int, fault: Fault) -> AsyncIterator[bytes]:
+    async def _body(self, start: int, end: int, fault: Fault) -> AsyncGenerator[bytes, None]:
         if self.gate is not None:
             await self.gate.wait()
         stop = min(end, start + fault.good)

@@ -1,0 +1,84 @@
+"""Results as tables: for people, for a page of documentation, for scripts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Cell = str | int | float
+
+_DIGITS = 3  # significant ones: no measurement here is good for more
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Columns are named with their units; every row has a cell for each."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+
+
+def as_text(tables: Sequence[Table]) -> str:
+    """For a terminal: columns aligned, numbers to the right."""
+    return "\n\n".join(_text(table) for table in tables)
+
+
+def as_markdown(tables: Sequence[Table]) -> str:
+    """For docs/benchmarks.md."""
+    return "\n\n".join(_markdown(table) for table in tables)
+
+
+def as_json(tables: Sequence[Table]) -> str:
+    """One JSON object: a list of rows for each title, numbers as they were measured."""
+    named = {
+        table.title: [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+        for table in tables
+    }
+    return json.dumps(named, indent=2)
+
+
+def _text(table: Table) -> str:
+    lines = [table.columns, *(tuple(map(_show, row)) for row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    numbers = _number_columns(table)
+    shown = [
+        "  ".join(
+            cell.rjust(width) if is_number else cell.ljust(width)
+            for cell, width, is_number in zip(line, widths, numbers, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([table.title, *(f"  {line}" for line in shown), *_notes(table)])
+
+
+def _markdown(table: Table) -> str:
+    rule = ["---:" if is_number else "---" for is_number in _number_columns(table)]
+    lines = [table.columns, rule, *(map(_show, row) for row in table.rows)]
+    shown = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([f"### {table.title}", "", *shown, *_notes(table)])
+
+
+def _notes(table: Table) -> list[str]:
+    return ["", table.note] if table.note else []
+
+
+def _number_columns(table: Table) -> list[bool]:
+    return [
+        all(not isinstance(cell, str) for cell in column)
+        for column in zip(*table.rows, strict=True)
+    ]
+
+
+def _show(cell: Cell) -> str:
+    """Three significant digits, thousands set apart."""
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, float) and abs(cell) < 10 ** (_DIGITS - 1):
+        return f"{cell:#.{_DIGITS}g}".rstrip(".")
+    return f"{cell:,.0f}".replace(",", " ")

@@ -1,0 +1,69 @@
+"""Taking times so that they can be compared on a machine that is never quite idle."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from snapshotter.bench.errors import BenchError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+_DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+_PAGES_AND_INODES = "3"  # Linux, Documentation/admin-guide/sysctl/vm.rst
+
+_K = TypeVar("_K")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds that passed, and seconds of processor time that this process took meanwhile."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+def once(work: Callable[[], object]) -> Timing:
+    """Time one call."""
+    cpu, clock = time.process_time(), time.perf_counter()
+    work()
+    return Timing(time.perf_counter() - clock, time.process_time() - cpu)
+
+
+def interleaved(samples: int, works: Mapping[_K, Callable[[], _T]]) -> dict[_K, list[_T]]:
+    """Run all works in turn, `samples` times: what disturbs the machine disturbs them alike.
+
+    Every other round goes backwards, so that none always comes after the same one.
+    """
+    results: dict[_K, list[_T]] = {key: [] for key in works}
+    order = list(works)
+    for _ in range(samples):
+        for key in order:
+            results[key].append(works[key]())
+        order.reverse()
+    return results
+
+
+def median(timings: Sequence[Timing]) -> Timing:
+    """The medians of both times."""
+    return Timing(
+        statistics.median(timing.seconds for timing in timings),
+        statistics.median(timing.cpu_seconds for timing in timings),
+    )
+
+
+def drop_caches() -> None:
+    """Make the kernel forget file contents, names and inodes. Raises BenchError."""
+    os.sync()  # what is not on disk yet cannot be forgotten
+    try:
+        _DROP_CACHES.write_text(_PAGES_AND_INODES)
+    except OSError as error:
+        raise BenchError(
+            f"cannot empty the page cache: {error.strerror}", hint="run benchmarks as root"
+        ) from error

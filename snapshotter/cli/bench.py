@@ -1,0 +1,125 @@
+"""`firstbyte bench`: measurements, with the conditions they were taken under."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from snapshotter.bench import building, corpus, first_read, opening, reading, tables
+from snapshotter.bench.conditions import Conditions
+from snapshotter.bench.images import FORMS, GZIP, write_image
+from snapshotter.cli.connection import json_option
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from snapshotter.bench.tables import Table
+
+_OPENED_FILES = (28_000, 1_000_000)  # a large language runtime, and the largest images known
+_PARENT = Path("/var/tmp")  # noqa: S108  (on a disk, as images are; the name in it is random)
+
+
+def _options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every benchmark takes."""
+    for option in (
+        click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown tables."),
+        json_option,
+        click.option(
+            "--samples",
+            type=click.IntRange(min=1),
+            default=5,
+            show_default=True,
+            help="How often everything is measured.",
+        ),
+        click.option(
+            "--corpus",
+            "directories",
+            metavar="DIR",
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            multiple=True,
+            help="Directories to measure with, each a layer [default: some of this machine's "
+            f"programs, {corpus.DEFAULT_LIMIT >> 20} MiB of each directory].",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group()
+def bench() -> None:
+    """Measure how fast FirstByte is on this machine.
+
+    Needs root, and a while. Nothing it makes, mounts or starts is left behind.
+    """
+
+
+@bench.command()
+@_options
+def index(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown: bool) -> None:
+    """Building, opening and checking file indexes, and their size."""
+    with _workspace() as workspace:
+        conditions = Conditions(workspace)
+        layers = _pack(directories, workspace)
+        images = []
+        for number, form in enumerate(FORMS):
+            _say(f"compressing the layers: {form.name}")
+            images.append(write_image(workspace / f"image-{number}", form, layers))
+        gzip = images[FORMS.index(GZIP)]
+        results: list[Table] = []
+        _say("building indexes")
+        results.append(building.throughput(images, samples))
+        _say("building indexes, part by part")
+        results.append(building.parts(gzip, layers, samples))
+        results.append(building.sizes(images))
+        _say("compressing the layers into frames of several sizes")
+        results.append(building.frames(layers, gzip.size))
+        _say(f"opening indexes of up to {max(_OPENED_FILES)} files")
+        results += opening.opening(_OPENED_FILES, workspace, samples)
+        _show([conditions.table(), *results], as_json, as_markdown)
+
+
+@bench.command()
+@_options
+def read(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown: bool) -> None:
+    """Reading through a lazy mount, against the same tree unpacked on the same disk."""
+    with _workspace() as workspace:
+        conditions = Conditions(workspace)
+        layers = _pack(directories, workspace)
+        _say(f"compressing the layers: {GZIP.name}")
+        image = write_image(workspace / "image", GZIP, layers)
+        _say("reading a fully local image")
+        results = [reading.compare(image, workspace, samples)]
+        _say("reading an image of which nothing is local")
+        results.append(first_read.first_read(image, workspace, samples))
+        _show([conditions.table(), *results], as_json, as_markdown)
+
+
+@contextmanager
+def _workspace() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="firstbyte-bench-", dir=_PARENT) as directory:
+        yield Path(directory)
+
+
+def _pack(directories: Sequence[Path], workspace: Path) -> tuple[corpus.RawLayer, ...]:
+    """The corpus as tars: what was asked for as a whole, or a part of the usual directories."""
+    limit = None if directories else corpus.DEFAULT_LIMIT
+    chosen = directories or corpus.default_directories()
+    _say(f"packing {', '.join(map(str, chosen))}")
+    return corpus.pack(chosen, limit, workspace)
+
+
+def _say(what: str) -> None:
+    click.echo(f"* {what}", err=True)
+
+
+def _show(results: Sequence[Table], as_json: bool, as_markdown: bool) -> None:
+    if as_json:
+        click.echo(tables.as_json(results))
+    elif as_markdown:
+        click.echo(tables.as_markdown(results))
+    else:
+        click.echo(tables.as_text(results))

@@ -1,0 +1,155 @@
+"""Background fill makes an image fully local, and proves it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from index.tables import CHUNK_SIZE, Codec
+from snapshotter.fetch import fill as fill_module
+from snapshotter.fetch.fill import ImageFill
+from snapshotter.registry.errors import NotFoundError
+from tests.support.blobs import MadeLayer, make_layer, sample_bytes, table_for
+from tests.support.sources import Fault
+
+if TYPE_CHECKING:
+    from index.errors import IntegrityError
+    from snapshotter.fetch.layer import LazyLayer
+    from tests.support.fetching import Node
+
+LAYERS = [
+    make_layer(sample_bytes(30 * CHUNK_SIZE + 11, 1), Codec.GZIP),
+    make_layer(sample_bytes(9 * CHUNK_SIZE, 2), Codec.ZSTD),
+    make_layer(sample_bytes(7 * CHUNK_SIZE + 5, 3), Codec.ZSTD, frame=0),
+    make_layer(sample_bytes(300_000, 4), Codec.PLAIN),
+    make_layer(b"", Codec.PLAIN),
+]
+
+
+def must_not_quarantine(layer: LazyLayer, error: IntegrityError) -> None:
+    raise AssertionError(error)
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fill_module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(fill_module, "LONGEST_PAUSE", 0.02)
+
+
+async def test_every_layer_becomes_local_and_is_proven(node: Node) -> None:
+    mounts = [node.mount(layer) for layer in LAYERS]
+    fill = ImageFill([lazy for lazy, _ in mounts], node.scheduler, quarantine=must_not_quarantine)
+    assert (fill.done_bytes, fill.total_bytes) == (0, sum(len(layer.raw) for layer in LAYERS))
+    await fill.run()
+    assert fill.fully_local.is_set()
+    assert fill.done_bytes == fill.total_bytes
+    for (lazy, source), layer in zip(mounts, LAYERS, strict=True):
+        assert lazy.stored.raw_path.read_bytes() == layer.raw
+        assert lazy.stored.proven_diff_id == layer.table.diff_id
+        assert source.served <= len(layer.blob) * 1.02 + (128 << 10)
+        assert source.most_open <= 4
+
+
+async def test_a_big_layer_is_fetched_over_several_connections(node: Node) -> None:
+    layer = make_layer(sample_bytes(200 * CHUNK_SIZE, 9), Codec.ZSTD)
+    lazy, source = node.mount(layer)
+    fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
+    await fill.run()
+    assert 2 <= source.most_open <= 4
+    assert source.served == len(layer.blob)
+
+
+async def test_what_is_local_already_is_not_fetched(node: Node) -> None:
+    lazy, source = node.mount(LAYERS[1])
+    await lazy.read(3 * CHUNK_SIZE, 1)
+    before = source.served
+    await ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine).run()
+    assert source.served <= len(LAYERS[1].blob)
+    assert source.served > before
+    again, source = node.mount(LAYERS[1])
+    fill = ImageFill([again], node.scheduler, quarantine=must_not_quarantine)
+    await fill.run()
+    assert fill.fully_local.is_set()
+    assert source.requests == []
+
+
+async def test_fill_outlives_a_registry_that_is_away(node: Node) -> None:
+    lazy, _ = node.mount(LAYERS[0], *[Fault(good=0)] * 40)
+    fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
+    await fill.run()
+    assert fill.fully_local.is_set()
+
+
+async def test_what_holds_fill_up_can_be_told(node: Node) -> None:
+    lazy, _ = node.mount(LAYERS[3], *[Fault(good=0, error=NotFoundError("it is gone"))] * 1000)
+    fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fill.run)
+        await wait_all_tasks_blocked()
+        assert "it is gone" in fill.problem
+        assert not fill.fully_local.is_set()
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_index_that_lies_is_noticed(node: Node) -> None:
+    """Its chunk digests fit the blob's bytes, but the layer is not the one the image names."""
+    honest = LAYERS[1]
+    lying = MadeLayer(
+        honest.raw,
+        honest.blob,
+        table_for(honest.raw, honest.blob, Codec.ZSTD, (), diff_id=bytes(32)),
+        {},
+    )
+    object.__setattr__(lying.table, "raw_offsets", honest.table.raw_offsets)
+    object.__setattr__(lying.table, "bit_offsets", honest.table.bit_offsets)
+    object.__setattr__(lying.table, "window_flags", honest.table.window_flags)
+    lazy, _ = node.mount(lying)
+    accused: list[tuple[LazyLayer, IntegrityError]] = []
+    fill = ImageFill(
+        [lazy], node.scheduler, quarantine=lambda layer, error: accused.append((layer, error))
+    )
+    await fill.run()
+    assert [layer for layer, _ in accused] == [lazy]
+    assert "instead of sha256:" + "00" * 32 in str(accused[0][1])
+    assert not fill.fully_local.is_set()
+    assert fill.problem
+
+
+async def test_a_disk_that_lies_is_not_the_indexs_fault(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = LAYERS[1]
+    lazy, _ = node.mount(layer)
+    await node.scheduler.fill(lazy.origin, range(9))
+    with lazy.stored.raw_path.open("r+b") as file:
+        file.seek(4 * CHUNK_SIZE)
+        file.write(b"????")
+    fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
+    await fill.run()
+    assert fill.fully_local.is_set()
+    assert "chunk 4 of layer" in caplog.text
+    assert lazy.stored.raw_path.read_bytes() == layer.raw
+
+
+async def test_a_full_disk_holds_fill_up_until_there_is_room(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lazy, _ = node.mount(LAYERS[1])
+    write = lazy.stored._write_raw
+    refusals = 0
+
+    def full(data: bytes, offset: int) -> None:
+        nonlocal refusals
+        if refusals < 20:
+            refusals += 1
+            raise OSError(28, "No space left on device")
+        write(data, offset)
+
+    monkeypatch.setattr(lazy.stored, "_write_raw", full)
+    fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
+    await fill.run()
+    assert refusals == 20
+    assert fill.fully_local.is_set()

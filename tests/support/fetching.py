@@ -1,0 +1,39 @@
+"""A store and a scheduler, and layers to read through them."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from snapshotter.fetch.layer import LazyLayer
+from snapshotter.fetch.scheduler import Patience, Scheduler, open_scheduler
+from snapshotter.store.layers import LayerStore
+from tests.support.sources import Fault, MemorySource
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from tests.support.blobs import MadeLayer
+
+
+@dataclass
+class Node:
+    store: LayerStore
+    scheduler: Scheduler
+
+    def mount(self, layer: MadeLayer, *faults: Fault | None) -> tuple[LazyLayer, MemorySource]:
+        """The layer as an image of its own has it, with a source of its own."""
+        source = MemorySource(layer, faults=list(faults))
+        return self.attach(layer, source), source
+
+    def attach(self, layer: MadeLayer, source: MemorySource) -> LazyLayer:
+        return LazyLayer(layer.table, self.store.open(layer.table), source, self.scheduler)
+
+
+@asynccontextmanager
+async def open_node(root: Path, patience: Patience | None = None) -> AsyncIterator[Node]:
+    with LayerStore(root) as store:
+        async with open_scheduler(patience or Patience()) as scheduler:
+            yield Node(store, scheduler)
