@@ -6,6 +6,12 @@ reader can do about it. Boundaries convert once: FUSE to errno, the command line
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 class FirstByteError(Exception):
     """The root. `hint` is a sentence for the person who has to act, or empty."""
@@ -37,3 +43,12 @@ class IntegrityError(FirstByteError):
 
 class UnsupportedError(FirstByteError):
     """Well-formed input of a kind that FirstByte does not handle."""
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Put "`what`: " in front of the message of errors of this module from within the block."""
+    try:
+        yield
+    except (TarError, CodecError, FormatError, IntegrityError, UnsupportedError) as error:
+        raise type(error)(f"{what}: {error.message}", hint=error.hint) from error

@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,7 +15,7 @@ from index.tables import CHUNK_SIZE, Codec, LayerTable
 from index.tar import TarScanner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from index.entry import Entry
 
@@ -75,18 +76,20 @@ class LayerScanner:
             if len(self._head) < codecs.DETECT_SIZE:
                 return []
             data = self._detect()
-        return self._scan(data)
+        with self._no_thread_after_error():
+            return self._scan(data)
 
     def finish(self) -> LayerScan:
         """The blob ends here. CodecError or TarError if it cannot."""
-        if self._scanner is None:
-            self._scan(self._detect())  # too short to complete an entry
-        scanner, codec = self._scanner, self._codec
-        assert scanner is not None
-        assert codec is not None
-        scanner.finish()
-        self._tar.finish()
-        self._wait(0)
+        with self._no_thread_after_error():
+            if self._scanner is None:
+                self._scan(self._detect())  # too short to complete an entry
+            scanner, codec = self._scanner, self._codec
+            assert scanner is not None
+            assert codec is not None
+            scanner.finish()
+            self._tar.finish()
+            self._wait(0)
         self._thread.shutdown()
         hashes = self._hashes
         points = scanner.points
@@ -102,6 +105,15 @@ class LayerScanner:
             digests=hashes.chunk_digests(),
         )
         return LayerScan(table, tuple(scanner.windows))
+
+    @contextmanager
+    def _no_thread_after_error(self) -> Iterator[None]:
+        """An exception may keep the scanner alive for long: its thread must not wait for that."""
+        try:
+            yield
+        except BaseException:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            raise
 
     def _detect(self) -> bytes:
         head, self._head = self._head, b""

@@ -47,8 +47,10 @@ class _Start(NamedTuple):
 def first_read(image: StoredImage, directory: Path, samples: int) -> Table:
     """Mount an image and read all of it at once, from several places. Needs root.
 
-    Compared with unpacking it first, which is what happens when nothing is lazy.
+    Compared with unpacking it first, which is what happens when nothing is lazy. Everything is
+    made in a new `directory`.
     """
+    directory.mkdir()
     unpacked = directory / "unpacked"
     unpack(image, unpacked)
     files = list_files(unpacked)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def compare(image: StoredImage, directory: Path, samples: int) -> Table:
-    """Mount and unpack the image below `directory`, and do the same to both. Needs root."""
+    """Mount and unpack the image in a new `directory`, and do the same to both. Needs root."""
+    directory.mkdir()
     unpacked, mounted = directory / "unpacked", directory / "mounted"
     unpack(image, unpacked)
     mounted.mkdir()
@@ -36,8 +37,12 @@ def compare(image: StoredImage, directory: Path, samples: int) -> Table:
                     {root: partial(run, workload, root) for root in (unpacked, mounted)},
                 )
                 rows.append(
-                    (workload.name, cache, workload.unit)
-                    + _row(workload, timings[unpacked], timings[mounted])
+                    (
+                        workload.name,
+                        cache,
+                        workload.unit,
+                        *_rates(workload, timings[unpacked], timings[mounted]),
+                    )
                 )
     return Table(
         f"Reading a fully local image through FirstByte (mode {status.mode})",
@@ -73,7 +78,7 @@ def _nothing() -> None:
     pass
 
 
-def _row(
+def _rates(
     workload: Workload, unpacked: Sequence[Timing], mounted: Sequence[Timing]
 ) -> tuple[float, ...]:
     """Both rates, their ratio, and the lowest and highest ratio of a round."""

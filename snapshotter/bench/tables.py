@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 Cell = str | int | float
 
+_WIDTH = 100  # characters of a line of prose
 _DIGITS = 3  # significant ones: no measurement here is good for more
 
 
@@ -65,7 +67,7 @@ def _markdown(table: Table) -> str:
 
 
 def _notes(table: Table) -> list[str]:
-    return ["", table.note] if table.note else []
+    return ["", textwrap.fill(table.note, _WIDTH)] if table.note else []
 
 
 def _number_columns(table: Table) -> list[bool]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import stat
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from snapshotter.bench.errors import BenchError
 from snapshotter.bench.timing import Timing, once
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 _SMALL = 64 << 10  # bytes of the largest file that counts as small
@@ -94,13 +93,13 @@ def workloads(files: Files) -> tuple[Workload, ...]:
             f"open and read files to {_SMALL >> 10} KiB",
             "files/s",
             len(files.small),
-            partial(_read_small, files.small),
+            partial(_read_files, files.small),
         ),
         Workload(
             "read large files in order",
             "MB/s",
             sum(size for _, size in files.large) / 1e6,
-            partial(_read_large, files.large),
+            partial(_read_files, files.large),
         ),
         Workload(
             f"random reads of {_PAGE >> 10} KiB",
@@ -122,15 +121,14 @@ def _walk(root: Path, before: Callable[[], object]) -> Timing:
         todo = [os.fspath(root)]
         while todo:
             with os.scandir(todo.pop()) as entries:
-                for entry in entries:
-                    if stat.S_ISDIR(os.lstat(entry.path).st_mode):
-                        todo.append(entry.path)
+                paths = [entry.path for entry in entries]
+            todo += [path for path in paths if stat.S_ISDIR(os.lstat(path).st_mode)]
 
     before()
     return once(walk)
 
 
-def _read_small(paths: Sequence[SizedPath], root: Path, before: Callable[[], object]) -> Timing:
+def _read_files(paths: Sequence[SizedPath], root: Path, before: Callable[[], object]) -> Timing:
     whole = [(os.path.join(root, path), size) for path, size in paths]
 
     def read() -> None:

@@ -92,9 +92,9 @@ def read(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown
         _say(f"compressing the layers: {GZIP.name}")
         image = write_image(workspace / "image", GZIP, layers)
         _say("reading a fully local image")
-        results = [reading.compare(image, workspace, samples)]
+        results = [reading.compare(image, workspace / "local", samples)]
         _say("reading an image of which nothing is local")
-        results.append(first_read.first_read(image, workspace, samples))
+        results.append(first_read.first_read(image, workspace / "first", samples))
         _show([conditions.table(), *results], as_json, as_markdown)
 
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from snapshotter.registry.credentials import CredentialStore
-from snapshotter.registry.locations import Locations
 from snapshotter.registry.platform import Platform
-from snapshotter.registry.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+    from snapshotter.registry.locations import Locations
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
 
@@ -43,5 +42,10 @@ def chosen_platform(text: str | None) -> Platform:
 @asynccontextmanager
 async def connect(*, plain_http: bool) -> AsyncIterator[Locations]:
     """Registries and layouts, for as long as the block runs."""
+    # HTTP takes 0.1 s to import; `firstbyte status` and the like leave it to the daemon
+    from snapshotter.registry.credentials import CredentialStore
+    from snapshotter.registry.locations import Locations
+    from snapshotter.registry.transport import Transport
+
     async with Transport() as transport:
         yield Locations(transport, CredentialStore(), plain_http=plain_http or None)

@@ -16,7 +16,7 @@ import click
 import trio
 
 from index.erofs.validate import validate
-from index.errors import FirstByteError, IntegrityError
+from index.errors import IntegrityError, about
 from index.file import FileIndex
 from index.resolve import resolve
 from snapshotter.cli import progress
@@ -331,10 +331,8 @@ async def _open(text: str, platform: str | None, plain_http: bool) -> _Opened:
     path = trio.Path(text)
     if await path.is_file():
         data = await path.read_bytes()
-        try:
+        with about(text):
             return _Opened(await trio.to_thread.run_sync(FileIndex.load, data), None)
-        except FirstByteError as error:
-            raise type(error)(f"{text}: {error.message}", hint=error.hint) from error
     async with connect(plain_http=plain_http) as locations:
         source = locations.source(text)
         image = await source.resolve(chosen_platform(platform))

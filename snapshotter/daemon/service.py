@@ -173,15 +173,18 @@ class Service:
     async def _wait_local(self, mount: Mount, report: Callable[[protocol.Progress], None]) -> None:
         image = mount.image
         assert image is not None
-        while mount.state is MountState.SERVING:
+        while not (image.settled.is_set() or mount.ended_serving.is_set()):
             fill = image.fill
             report(protocol.Progress("downloading", fill.done_bytes, fill.total_bytes))
             with trio.move_on_after(_LOCAL_POLL_SECONDS):
-                await mount.ended_serving.wait()
+                await image.settled.wait()
         if image.view.refusal is not None:
             raise image.view.refusal
-        if mount.state is not MountState.LOCAL:
-            raise MountError(f"{mount.target} is {mount.state.value}, and not all of it is local")
+        if not image.local or mount.state is MountState.GONE:
+            raise MountError(
+                f"not all of {mount.reference} is local",
+                hint=image.fill.problem or "it was unmounted",
+            )
 
     # --- taking down ---
 

@@ -72,6 +72,9 @@ def run_demo(workload: Workload, narrator: Narrator) -> Timeline:
     with Interruption() as interruption, Workspace(interruption, narrator.say) as workspace:
         try:
             return _Demo(workload, narrator, workspace).run()
+        except Exception:
+            interruption.check()  # the same Ctrl-C may have ended what has failed
+            raise
         finally:
             narrator.say("* clean up")
 

@@ -93,6 +93,8 @@ class Transfer:
             try:
                 await self._request(run)
             except RegistryError as error:
+                if not run.wants and not run.expensive_to_leave:
+                    return  # it was only finishing what it had begun
                 failures = failures + 1 if run.position == before else 1
                 blocked = run.urgencies[Priority.BLOCKED] > 0
                 policy = FOR_READERS if blocked else IN_BACKGROUND

@@ -13,7 +13,7 @@ import trio
 
 from index.build import IndexBuilder
 from index.convert import FrameWriter
-from index.errors import IntegrityError
+from index.errors import IntegrityError, about
 from index.layer import LayerScanner
 from index.tables import Codec
 from snapshotter.images import artifact
@@ -130,7 +130,8 @@ async def _convert_layer(
     level: int,
     on_progress: Callable[[int], None],
 ) -> _Layer:
-    return await _LayerJob(source, layer, codec, level, on_progress).run(sink, diff_id)
+    with about(f"layer {layer.digest}"):
+        return await _LayerJob(source, layer, codec, level, on_progress).run(sink, diff_id)
 
 
 def _advance(on_progress: Callable[[int], None], before: int, done: int) -> None:
@@ -206,10 +207,9 @@ class _LayerJob:
         return out
 
     def _check(self, before: LayerScan, after: LayerScan, diff_id: str) -> None:
-        name = f"layer {self._layer.digest}"
         if f"sha256:{before.table.digest.hex()}" != self._layer.digest:
-            raise IntegrityError(f"{name} came with other bytes")
+            raise IntegrityError("it came with other bytes")
         if f"sha256:{before.table.diff_id.hex()}" != diff_id:
-            raise IntegrityError(f"{name} does not unpack to {diff_id}")
+            raise IntegrityError(f"it does not unpack to {diff_id}")
         if after.table.diff_id != before.table.diff_id:
-            raise IntegrityError(f"{name} was not converted faithfully")
+            raise IntegrityError("it was not converted faithfully")

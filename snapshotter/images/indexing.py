@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from index.build import IndexBuilder
-from index.errors import IntegrityError
+from index.errors import IntegrityError, about
 from index.layer import LayerScanner
 from snapshotter.nursery import open_nursery
 from snapshotter.registry.reading import read_blob
@@ -60,17 +60,18 @@ async def build_index(
 
     async def scan(number: int) -> None:
         layer = image.manifest.layers[number]
-        async with places:
-            scanner = LayerScanner(on_raw=on_raw(number))
-            entries = await _scan(source, layer, scanner, cores, advance)
-        result = scanner.finish()
+        with about(f"layer {layer.digest} of {image.name}"):
+            async with places:
+                scanner = LayerScanner(on_raw=on_raw(number))
+                entries = await _scan(source, layer, scanner, cores, advance)
+            result = scanner.finish()
         _check(result, layer, image.config.rootfs.diff_ids[number], image.name)
         scanned[number] = _Scanned(result, entries)
 
     async with open_nursery() as nursery:
         for number in range(len(scanned)):
             nursery.start_soon(scan, number)
-    return await trio.to_thread.run_sync(_merge, scanned)
+    return await trio.to_thread.run_sync(_merge, scanned, image)
 
 
 async def _scan(
@@ -119,10 +120,11 @@ def _check(scan: LayerScan, layer: Descriptor, diff_id: str, name: str) -> None:
         )
 
 
-def _merge(scanned: list[_Scanned | None]) -> FileIndex:
+def _merge(scanned: list[_Scanned | None], image: ResolvedImage) -> FileIndex:
     builder = IndexBuilder()
     for number, layer in enumerate(scanned):
         assert layer is not None
-        builder.add(layer.scan, layer.entries)
+        with about(f"layer {image.manifest.layers[number].digest} of {image.name}"):
+            builder.add(layer.scan, layer.entries)
         scanned[number] = None  # entries are the larger part of what a build holds
     return builder.finish()

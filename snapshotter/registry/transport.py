@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import socket
 import ssl
+import sys
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,11 +21,15 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 import httpcore
-import httpx
 import trio
 
 from snapshotter.registry.errors import NetworkError, ProtocolError, TlsError
 from snapshotter.registry.image import PIECE
+
+# httpx loads its own command line, and with it rich and pygments, if it can: 0.15 s of every start
+# for what nothing here calls. None makes that import fail as if they were missing.
+sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
+import httpx  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping

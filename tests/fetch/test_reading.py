@@ -246,17 +246,20 @@ async def test_fill_pauses_while_somebody_is_blocked(node: Node) -> None:
 async def test_connections_are_bounded(node: Node) -> None:
     layer = make_layer(sample_bytes(64 * CHUNK_SIZE, 3), Codec.PLAIN)
     lazy, source = node.mount(layer)
-    source.gate = trio.Event()
+    filled, fill_source = node.mount(make_layer(sample_bytes(300 * CHUNK_SIZE, 4), Codec.PLAIN))
+    source.gate = fill_source.gate = trio.Event()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(node.scheduler.fill, lazy.origin, range(64))
-        node.scheduler.advise(lazy.origin, range(1, 64, 4), Priority.READAHEAD)
-        for chunk in range(0, 64, 2):
-            nursery.start_soon(lazy.read, chunk * CHUNK_SIZE, 1)
+        nursery.start_soon(node.scheduler.fill, filled.origin, range(300))
         await wait_all_tasks_blocked()
-        assert 8 < source.open <= 12
+        assert fill_source.open == 4
+        for chunk in range(0, 64, 2):
+            nursery.start_soon(node.scheduler.read, lazy.origin, [chunk])
+        await wait_all_tasks_blocked()
+        assert source.open == 12 - 4
         source.gate.set()
     assert source.most_open <= 12
-    assert lazy.stored.complete
+    assert lazy.stored.missing(0, 63) == list(range(1, 64, 2))
+    assert filled.stored.complete
 
 
 async def test_a_sequential_reader_is_read_ahead_for(node: Node) -> None:

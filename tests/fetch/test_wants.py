@@ -123,10 +123,11 @@ class Chunks(RuleBasedStateMachine):
 
     @rule(image=st.integers(0, 2))
     def unmount(self, image: int) -> None:
-        self.table.withdraw(self.origins[image], FetchError("unmounted"))
-        for waiter in self.waiters:
-            if waiter.origin is self.origins[image]:
-                assert waiter.error is not None
+        origin = self.origins[image]
+        readers = [w for w in self.waiters if w.origin is origin and w.pending]
+        self.table.withdraw(origin, FetchError("unmounted"))
+        assert all(waiter.error is not None for waiter in readers)
+        assert all(want.origin is not origin for want in self.wants())
 
     @invariant()
     def every_want_has_its_place(self) -> None:

@@ -157,16 +157,23 @@ def test_a_blob_of_another_codec_than_promised_is_refused() -> None:
         scan([zlib.compress(RAW)])
 
 
-def test_scanners_leave_no_threads() -> None:
-    before = threading.active_count()
-    for blob in (compress(Codec.GZIP, RAW), compress(Codec.GZIP, RAW)[:-1]):
-        scanner = LayerScanner()
-        scanner.feed(blob)
-        try:
+@pytest.mark.parametrize("end", ["whole", "malformed", "truncated", "abandoned"])
+def test_a_scanner_leaves_no_thread(end: str) -> None:
+    blob = compress(Codec.GZIP, RAW)
+    before = set(threading.enumerate())
+    scanner = LayerScanner()
+    scanner.feed(blob[:-1])
+    (thread,) = set(threading.enumerate()) - before
+    if end == "whole":
+        scanner.feed(blob[-1:])
+        scanner.finish()
+    elif end == "malformed":
+        with pytest.raises(CodecError):
+            scanner.feed(b"\xff more than the last byte")
+    elif end == "truncated":
+        with pytest.raises(CodecError):
             scanner.finish()
-        except CodecError:
-            del scanner
-    for thread in threading.enumerate():
-        if thread.name.startswith("layer-hashes"):
-            thread.join()
-    assert threading.active_count() <= before
+    else:
+        del scanner
+    thread.join(timeout=60)
+    assert not thread.is_alive()
