@@ -42,8 +42,10 @@ class Decoder(Protocol):
     """Decompresses from one seek point on. Fed the blob from the point's first byte."""
 
     def feed(self, data: bytes | memoryview) -> bytes:
-        """Raw bytes that `data` completes: all that can be known by now, never more than the limit.
+        """Raw bytes that `data` completes, never more than the limit.
 
+        After all bytes up to another point, or the end of the blob, all raw bytes up to there have
+        come; until then a decoder may wait for the end of a block (zstd and lz4: 128 KiB, 4 MiB).
         CodecError if the data is malformed or makes more than the limit of raw bytes in total.
         After an error the decoder is of no more use.
         """

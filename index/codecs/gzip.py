@@ -28,7 +28,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CHECKPOINT_SPACING = 2 << 20
-"""Raw bytes after a point from which on the next border of blocks becomes one."""
+"""Raw bytes after a point from which on the next border of blocks becomes one.
+
+Measured on 515 MB of /usr/lib/python3* and /usr/bin under gzip -6 (183 MB), windows at zstd 19:
+
+    spacing  points  windows' share of the blob  decoding a whole span
+    1 MiB    468     0.57 %                       2.9 ms
+    2 MiB    240     0.30 %                       6.2 ms
+    4 MiB    122     0.15 %                      11.3 ms
+
+The whole file index should stay below 0.5 % of an image; chunk digests take another 0.04 %.
+"""
 
 MEMBER_SPACING = CHUNK_SIZE
 """The same for the start of a member, which costs a row in the table but no window."""

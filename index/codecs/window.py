@@ -2,7 +2,8 @@
 
 Decompression from the middle of a gzip stream needs the 32 KiB before that place, but later data
 refers only to some of those bytes. The others become zeros, so that the window compresses well:
-on a layer of Python's standard library and /usr/bin from 11.2 KB to 3.3 KB on average (zstd 19).
+on 515 MB of /usr/lib/python3* and /usr/bin under gzip -6, 2.5 KB of a window are needed on
+average, and it takes 2.3 KB instead of 11.5 KB (zstd 19).
 """
 
 from __future__ import annotations

@@ -25,7 +25,13 @@ from snapshotter.images.conversion import convert as convert_image
     show_default=True,
     help="zstd is read by every OCI runtime; lz4 is the fastest, and FirstByte's only.",
 )
-@click.option("--level", type=int, help="Compression level [default: 3 for zstd, 0 for lz4].")
+@click.option(
+    "--level",
+    type=int,
+    help="Compression level [default: "
+    + ", ".join(f"{level} for {codec.name.lower()}" for codec, level in DEFAULT_LEVELS.items())
+    + "].",
+)
 @registry_options
 @json_option
 def convert(

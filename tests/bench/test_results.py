@@ -1,0 +1,100 @@
+"""Benchmarks end with numbers that make sense. How large they are is not for a test to say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from snapshotter.bench import building, first_read, opening, reading
+from snapshotter.bench.tables import Table
+from tests.bench.conftest import SMALL_FILES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from snapshotter.bench.corpus import RawLayer
+    from snapshotter.bench.images import StoredImage
+
+SAMPLES = 2
+
+
+def numbers(table: Table) -> list[float]:
+    """All cells that are numbers; each row has a cell a column."""
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    return [cell for row in table.rows for cell in row if not isinstance(cell, str)]
+
+
+def column(table: Table, name: str) -> list[float]:
+    cells = [row[table.columns.index(name)] for row in table.rows]
+    assert all(not isinstance(cell, str) for cell in cells)
+    return [float(cell) for cell in cells]
+
+
+def test_throughput_has_a_row_for_each_form_and_work(images: list[StoredImage]) -> None:
+    table = building.throughput(images, SAMPLES)
+    assert len(table.rows) == 3 * len(images)
+    assert min(numbers(table)) > 0
+    image = images[0]
+    for raw, compressed in zip(
+        column(table, "raw MB/s")[:3], column(table, "compressed MB/s")[:3], strict=True
+    ):
+        assert raw / compressed == pytest.approx(image.raw_size / image.size)
+
+
+def test_parts_are_measured_one_by_one(image: StoredImage, layers: tuple[RawLayer, ...]) -> None:
+    table = building.parts(image, layers, SAMPLES)
+    assert len(table.rows) == 7
+    assert min(numbers(table)) > 0
+
+
+def test_sections_add_up_to_less_than_the_index(images: list[StoredImage]) -> None:
+    table = building.sizes(images)
+    sections = [column(table, f"{name} KB") for name in ("tree", "digests", "seek", "windows")]
+    for whole, *held in zip(column(table, "index KB"), *sections, strict=True):
+        assert 0 < sum(held) < whole
+    # 13 chunks of 256 KiB, and a digest of 32 bytes for each
+    assert sections[1] == [13 * 32 / 1e3] * len(images)
+
+
+def test_one_frame_is_what_frames_are_compared_with(
+    image: StoredImage, layers: tuple[RawLayer, ...]
+) -> None:
+    table = building.frames(layers, image.size)
+    assert column(table, "% more than one frame")[-1] == 0
+    assert min(column(table, "MB")) > 3  # random bytes do not compress
+
+
+@pytest.mark.root
+def test_opening_is_measured_for_each_number_of_files(tmp_path: Path) -> None:
+    opened, taken = opening.opening([500, 1000], tmp_path, SAMPLES)
+    assert [row[0] for row in taken.rows] == [500, 1000]
+    assert len(opened.rows) == 12
+    assert min(numbers(opened)) > 0
+    assert min(numbers(taken)) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.root
+def test_both_trees_do_the_same_work(image: StoredImage, directory: Path) -> None:
+    table = reading.compare(image, directory / "local", SAMPLES)
+    assert {(row[0], row[1]) for row in table.rows} == {
+        (work, cache) for work in {row[0] for row in table.rows} for cache in ("dropped", "warm")
+    }
+    assert len(table.rows) == 8
+    assert min(numbers(table)) > 0
+    for low, middle, high in zip(
+        *(column(table, name) for name in ("lowest", "ratio", "highest")), strict=True
+    ):
+        assert low <= middle <= high
+
+
+@pytest.mark.root
+def test_first_reads_come_from_everywhere(image: StoredImage, directory: Path) -> None:
+    table = first_read.first_read(image, directory / "first", 1)
+    assert f"{SMALL_FILES + 1} files" in table.note
+    assert len(table.rows) == 4
+    assert table.rows[0][-1] == 1  # it is what the others are compared with
+    for row in table.rows:
+        tree, first_page, everything = (float(cell) for cell in row[1:4])
+        assert 0 < tree < first_page < everything
