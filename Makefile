@@ -21,7 +21,9 @@ test: ## install what the tests need, and run them all
 
 bench: ## measure index, store and file system; prints the tables of docs/benchmarks.md
 	@scripts/setup program demo
-	@.venv/bin/firstbyte bench
+	@.venv/bin/firstbyte bench index --markdown
+	@echo
+	@.venv/bin/firstbyte bench read --markdown
 
 clean: ## remove everything that the other targets made here
 	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

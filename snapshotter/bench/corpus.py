@@ -39,6 +39,7 @@ def default_directories() -> tuple[Path, ...]:
 def pack(directories: Sequence[Path], limit: int | None, target: Path) -> tuple[RawLayer, ...]:
     """Write a tar of each directory into `target`, with at most `limit` bytes of files in each.
 
+    Files that do not fit any more are left out.
     Raises BenchError if there is nothing to pack.
     """
     layers = tuple(
@@ -54,12 +55,14 @@ def _pack(directory: Path, limit: int | None, target: Path) -> RawLayer:
     entries = size = 0
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as tar:
         for path in _walk(directory):
-            if stat.S_ISSOCK(path.lstat().st_mode):
+            status = path.lstat()
+            if stat.S_ISSOCK(status.st_mode):
                 continue  # tars have none
+            content = status.st_size if stat.S_ISREG(status.st_mode) else 0
+            if limit is not None and size + content > limit:
+                continue
+            size += content
             member = tar.gettarinfo(path)  # finds hard links, takes the leading slash away
-            size += member.size
-            if limit is not None and size > limit:
-                break
             entries += 1
             if member.isreg():
                 with path.open("rb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +101,8 @@ def read(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown
 
 @contextmanager
 def _workspace() -> Iterator[Path]:
+    """A directory that goes in the end, however this ends: SIGTERM is treated like Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="firstbyte-bench-", dir=_PARENT) as directory:
         yield Path(directory)
 

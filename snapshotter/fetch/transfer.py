@@ -34,6 +34,9 @@ connection can be used again. A new one costs two or three round trips."""
 FOR_READERS = RetryPolicy(attempts=1 << 30, base=0.2)
 """While somebody is blocked the reader's own deadline decides when to give up."""
 
+HAND_OVER_AFTER = 3
+"""Failures in a row after which another image that wants the same chunks lends its source."""
+
 IN_BACKGROUND = RetryPolicy(attempts=5)
 
 
@@ -68,7 +71,8 @@ class Transfer:
         self._paused.unpark_all()
 
     async def carry_out(self, run: Run) -> None:
-        """Bring all chunks of a run; those that cannot be brought fail."""
+        """Bring all chunks of a run; those that cannot be brought fail for the run's image. What
+        is left in `run.wants` is for others to bring."""
         try:
             await self._requests(run)
         except FirstByteError as error:
@@ -82,7 +86,7 @@ class Transfer:
 
     def _fail(self, run: Run, error: FirstByteError) -> None:
         for want in list(run.wants.values()):
-            self._wants.fail(want, error)
+            self._wants.reject(want, run.origin, error)
 
     # --- requests and retries ---
 
@@ -104,6 +108,8 @@ class Transfer:
                 log.info("%s: %s; trying again in %.1f s", run.origin.table, error, delay)
                 self._stats.retries += 1
                 await self._back_off(run, delay, told=getattr(error, "retry_after", None))
+                if failures >= HAND_OVER_AFTER and self._wants.hand_over(run):
+                    return
 
     async def _back_off(self, run: Run, delay: float, *, told: float | None) -> None:
         """Wait before the next request; a new reader need not, unless the registry said so."""
@@ -210,7 +216,7 @@ class Transfer:
         self._stats.damaged += 1
         log.error("%s, from %s", damage, run.span)
         if want.refetched:
-            self._wants.fail(want, damage)
+            self._wants.reject(want, run.origin, damage)
             return True
         want.refetched = True
         return False
@@ -226,7 +232,7 @@ class Transfer:
             return
         for chunk, want in list(run.wants.items()):
             if run.reached(chunk):
-                self._wants.fail(want, error)
+                self._wants.reject(want, run.origin, error)
             else:
                 self._wants.give_back(want)
         run.stop_before(run.next_chunk)

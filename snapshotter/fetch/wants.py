@@ -74,10 +74,10 @@ class Want:
     """One chunk that is wanted (`run` is None) or in flight.
 
     `advice` keeps a chunk wanted although nobody waits. `refetched` tells that it has arrived
-    damaged once.
+    damaged once, `avoid` whose source is in trouble.
     """
 
-    __slots__ = ("advice", "chunk", "layer", "priority", "refetched", "run", "waiters")
+    __slots__ = ("advice", "avoid", "chunk", "layer", "priority", "refetched", "run", "waiters")
 
     def __init__(self, layer: LayerWants, chunk: int) -> None:
         self.layer = layer
@@ -87,12 +87,15 @@ class Want:
         self.waiters: list[Waiter] = []
         self.run: Run | None = None
         self.refetched = False
+        self.avoid: Origin | None = None
 
     @property
     def origin(self) -> Origin:
-        """How to get it: as the most urgent of those who want it would."""
+        """How to get it: as the most urgent of those who want it would, `avoid` aside."""
         if self.waiters:
-            return max(self.waiters, key=lambda waiter: waiter.priority).origin
+            return max(
+                self.waiters, key=lambda waiter: (waiter.origin is not self.avoid, waiter.priority)
+            ).origin
         assert self.advice is not None
         return self.advice[1]
 
@@ -207,6 +210,29 @@ class WantTable:
         for waiter in waiters:
             del waiter.pending[want.chunk]
             self._fail(waiter, error)
+
+    def reject(self, want: Want, origin: Origin, error: FirstByteError) -> None:
+        """In flight to absent for one image, whose source cannot bring the chunk; to wanted, if
+        another wants it, too."""
+        for waiter in [waiter for waiter in want.waiters if waiter.origin is origin]:
+            self._fail(waiter, error)
+        if want.advice is not None and want.advice[1] is origin:
+            want.advice = None
+            self._update(want)
+        if want.run is not None:
+            want.refetched = False
+            self.give_back(want)
+
+    def hand_over(self, run: Run) -> bool:
+        """Let the sources of other images bring what this run was to bring, if any wants it."""
+        origin = run.origin
+        wants = list(run.wants.values())
+        if all(waiter.origin is origin for want in wants for waiter in want.waiters):
+            return False
+        for want in wants:
+            want.avoid = origin
+            self.give_back(want)
+        return True
 
     def leave(self, waiter: Waiter) -> list[Run]:
         """`waiter` waits no more. What nobody else wants is absent again.

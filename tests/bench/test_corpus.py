@@ -41,6 +41,19 @@ def test_a_limit_bounds_the_bytes_of_files(tree: Path, tmp_path: Path) -> None:
         assert 0 < sum(member.size for member in tar) <= 10_000
 
 
+def test_a_file_that_is_left_out_is_no_target_of_hard_links(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a").write_bytes(bytes(2000))
+    (source / "b").hardlink_to(source / "a")
+    (source / "c").write_bytes(bytes(10))
+    (source / "d").hardlink_to(source / "c")
+    (layer,) = corpus.pack([source], 1000, tmp_path)
+    with tarfile.open(layer.path) as tar:
+        kinds = {member.name.rpartition("/")[2]: member.type for member in tar}
+    assert kinds == {"source": tarfile.DIRTYPE, "c": tarfile.REGTYPE, "d": tarfile.LNKTYPE}
+
+
 def test_nothing_to_measure_with_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="no files"):
         corpus.pack([], None, tmp_path)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from snapshotter.bench import building, first_read, opening, reading
-from snapshotter.bench.tables import Table
 from tests.bench.conftest import SMALL_FILES
 
 if TYPE_CHECKING:
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
 
     from snapshotter.bench.corpus import RawLayer
     from snapshotter.bench.images import StoredImage
+    from snapshotter.bench.tables import Table
 
 SAMPLES = 2
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from snapshotter.bench import tables
 from snapshotter.bench.conditions import Conditions
 from snapshotter.bench.tables import Table
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TABLE = Table(
     "Speed",
@@ -49,7 +52,7 @@ def test_json_has_the_numbers_as_they_were_measured() -> None:
 
 
 def test_conditions_name_the_machine_and_the_software(tmp_path: Path) -> None:
-    shown = dict(Conditions(tmp_path).table().rows)
+    shown = {row[0]: row[1] for row in Conditions(tmp_path).table().rows}
     assert {"date", "processor", "kernel", "Python", "libraries", "load average (1 minute)"} <= set(
         shown
     )

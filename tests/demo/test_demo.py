@@ -74,11 +74,13 @@ class Demo:
         assert self.process.stderr
         for line in self.process.stderr:
             self._lines.put(line.rstrip("\n"))
+        self._lines.put("* (ended)")
 
     def wait_for(self, beginning: str) -> None:
         """Read on until it announces a step."""
         while not self.said or not self.said[-1].startswith(f"* {beginning}"):
             self.said.append(self._lines.get(timeout=SECONDS))
+            assert self.said[-1] != "* (ended)", self.said
         self.names |= {path.name for path in self._directory.iterdir()}
 
     def finish(self) -> tuple[int, str]:
@@ -87,8 +89,8 @@ class Demo:
         output = self.process.stdout.read()
         status = self.process.wait(SECONDS)
         self._reader.join()
-        while not self._lines.empty():
-            self.said.append(self._lines.get())
+        while (line := self._lines.get_nowait()) != "* (ended)":
+            self.said.append(line)
         self.process.stdout.close()
         assert self.process.stderr
         self.process.stderr.close()
@@ -100,7 +102,12 @@ def demo(*arguments: str) -> Iterator[Demo]:
     """Run it in a temporary directory of its own; when it has ended, nothing of it is left."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
         running = Demo(Path(directory), *arguments)
-        yield running
+        try:
+            yield running
+        finally:
+            if running.process.poll() is None:  # the test has failed
+                running.process.terminate()
+                running.finish()
         assert running.process.poll() is not None
         assert list(Path(directory).iterdir()) == []
         assert traces(directory, running.names) == []

@@ -10,6 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from index.errors import CodecError, IntegrityError
 from index.tables import CHUNK_SIZE, Codec
+from snapshotter.fetch import transfer
 from snapshotter.fetch.errors import FetchError
 from snapshotter.fetch.scheduler import Patience
 from snapshotter.registry.errors import (
@@ -18,6 +19,7 @@ from snapshotter.registry.errors import (
     RateLimitedError,
     ServerError,
 )
+from snapshotter.registry.retry import RetryPolicy
 from tests.support.blobs import make_layer, sample_bytes
 from tests.support.fetching import open_node
 from tests.support.sources import Fault, MemorySource
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from snapshotter.fetch.layer import LazyLayer
     from tests.support.fetching import Node
 
 RAW = sample_bytes(12 * CHUNK_SIZE + 99)
@@ -232,12 +235,39 @@ async def test_fill_gives_up_on_a_run_after_some_attempts(node: Node) -> None:
 async def test_a_reader_does_not_wait_for_the_back_off_of_a_fill_run(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from snapshotter.fetch import transfer
-    from snapshotter.registry.retry import RetryPolicy
-
     monkeypatch.setattr(transfer, "IN_BACKGROUND", RetryPolicy(base=1000, longest=1000))
     lazy, _ = node.mount(PLAIN, Fault(good=0))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(node.scheduler.fill, lazy.origin, range(13))
         await wait_all_tasks_blocked()
         assert await lazy.read(0, 9) == RAW[:9]
+
+
+@pytest.mark.parametrize("error", [NotFoundError("404"), NetworkError("down"), None])
+async def test_an_image_with_a_bad_source_does_not_hurt_others_that_share_the_layer(
+    node: Node, error: Exception | None
+) -> None:
+    """`error` None: its source sends wrong bytes."""
+    at = 5 * CHUNK_SIZE + 7
+    fault = Fault(change=flip(at)) if error is None else Fault(good=0, error=error)  # type: ignore[arg-type]
+    bad, bad_source = node.mount(PLAIN, *[fault] * 1000)
+    good, good_source = node.mount(PLAIN)
+    bad_source.gate = trio.Event()
+    outcome: dict[str, object] = {}
+
+    async def reader(name: str, layer: LazyLayer) -> None:
+        try:
+            outcome[name] = await layer.read(5 * CHUNK_SIZE, 9)
+        except FetchError:
+            outcome[name] = None
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reader, "bad", bad)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(reader, "good", good)
+        await wait_all_tasks_blocked()
+        assert good_source.requests == []
+        bad_source.gate.set()
+    right = RAW[5 * CHUNK_SIZE :][:9]
+    assert outcome["good"] == right
+    assert outcome["bad"] == (right if isinstance(error, NetworkError) else None)

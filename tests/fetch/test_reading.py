@@ -14,6 +14,7 @@ from snapshotter.fetch.errors import FetchError
 from snapshotter.fetch.startup import StartupRecorder
 from snapshotter.fetch.wants import ChunkState, Priority
 from tests.support.blobs import make_layer, sample_bytes
+from tests.support.fetching import open_node
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -343,8 +344,6 @@ async def test_unmounting_fails_its_readers_and_hands_the_work_to_others(node: N
 
 
 async def test_closing_the_scheduler_fails_who_waits(tmp_path: Path) -> None:
-    from tests.support.fetching import open_node
-
     async with trio.open_nursery() as nursery:
         async with open_node(tmp_path) as node:
             lazy, source = node.mount(PLAIN)

@@ -112,6 +112,28 @@ class Chunks(RuleBasedStateMachine):
             assert self.table.state(origin, want.chunk) is ChunkState.ABSENT
             assert all(waiter.error is error for waiter in waiters)
 
+    @rule(data=st.data())
+    def reject(self, data: st.DataObject) -> None:
+        want = self.pick(data, flying=True)
+        if want is not None:
+            origin, waiters = want.origin, list(want.waiters)
+            self.table.reject(want, origin, IntegrityError("bad"))
+            assert want.run is None
+            for waiter in waiters:
+                assert (waiter.error is not None) == (waiter.origin is origin)
+
+    @rule(data=st.data())
+    def hand_over(self, data: st.DataObject) -> None:
+        want = self.pick(data, flying=True)
+        if want is not None:
+            run = want.run
+            assert run is not None
+            run.origin = want.origin
+            others = [waiter for waiter in want.waiters if waiter.origin is not run.origin]
+            assert self.table.hand_over(run) == bool(others)
+            if others:
+                assert want.origin is not run.origin
+
     @precondition(lambda self: self.waiters)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:

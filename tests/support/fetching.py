@@ -6,6 +6,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trio.testing import wait_all_tasks_blocked
+
 from snapshotter.fetch.layer import LazyLayer
 from snapshotter.fetch.scheduler import Patience, Scheduler, open_scheduler
 from snapshotter.store.layers import LayerStore
@@ -30,6 +32,13 @@ class Node:
 
     def attach(self, layer: MadeLayer, source: MemorySource) -> LazyLayer:
         return LazyLayer(layer.table, self.store.open(layer.table), source, self.scheduler)
+
+    async def quiet(self) -> None:
+        """Let runs end that nobody waits for: a thread may still be decoding for one."""
+        for _ in range(1000):
+            if not self.scheduler.wants.layers():
+                break
+            await wait_all_tasks_blocked(cushion=0.005)
 
 
 @asynccontextmanager
