@@ -51,7 +51,7 @@ def compare(image: StoredImage, directory: Path, samples: int) -> Table:
         ("work", "page cache", "unit", "unpacked", "FirstByte", "ratio", "lowest", "highest"),
         tuple(rows),
         f"{files.names} names, {files.size / 1e6:.0f} MB. Medians of {samples} rounds, and their "
-        "ratio: above 1 FirstByte is faster. Lowest and highest: the ratio in single rounds. A warm "
+        "ratio: above 1 FirstByte is faster. Lowest and highest: that of single rounds. A warm "
         f"round is the fastest of {_WARM_RUNS} runs after one that filled the page cache.",
     )
 

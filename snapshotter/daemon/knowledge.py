@@ -96,6 +96,7 @@ class Knowledge:
         if known == record:
             return
         try:
+            await trio.to_thread.run_sync(self._indexes.sync, record.index_digest)
             await trio.to_thread.run_sync(self._records.put, record)
         except FirstByteError as error:
             log.warning("%s is mounted, but not recorded: %s", image.name, error)

@@ -36,8 +36,13 @@ class _Mount(msgspec.Struct, frozen=True):
     total_bytes: int
 
 
+class _Fetched(msgspec.Struct, frozen=True):
+    bytes: int
+
+
 class _Status(msgspec.Struct, frozen=True):
     mounts: list[_Mount]
+    fetched: dict[str, _Fetched]
 
 
 def build_index(workspace: Workspace, reference: str) -> None:
@@ -72,11 +77,20 @@ class Node:
 
     def local_bytes(self, directory: Path) -> tuple[int, int]:
         """How much of the unpacked image is on this machine, and how much there is."""
-        text = self._firstbyte("status", "--json", seconds=_COMMAND_SECONDS)
-        for mount in msgspec.json.decode(text, type=_Status).mounts:
+        for mount in self._status().mounts:
             if mount.target == str(directory):
                 return mount.local_bytes, mount.total_bytes
         raise DemoError(f"firstbyte status does not know the mount at {directory}")
+
+    def needed_bytes(self) -> int:
+        """What was fetched because somebody waited for it, or was about to, in compressed bytes."""
+        return sum(
+            fetched.bytes for cause, fetched in self._status().fetched.items() if cause != "fill"
+        )
+
+    def _status(self) -> _Status:
+        text = self._firstbyte("status", "--json", seconds=_COMMAND_SECONDS)
+        return msgspec.json.decode(text, type=_Status)
 
     def unmount(self, directory: Path) -> None:
         """Take a mount down; fine if there is none."""

@@ -152,12 +152,14 @@ class _Demo:
         with self._container("lazy-start", directory, config):
             ready = time.monotonic() - started
             carried, answered = link.carried - carried, registry.answered() - answered
+            needed = node.needed_bytes()
             local = self._wait_local(node, directory, started)
         node.unmount(directory)
         node.stop()
         return Lazy(
             mounted_seconds=mounted,
             ready_seconds=ready,
+            needed_bytes=needed,
             fetched_bytes=carried,
             requests=answered,
             local_seconds=local,

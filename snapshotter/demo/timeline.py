@@ -6,11 +6,13 @@ import msgspec
 
 
 class Lazy(msgspec.Struct, frozen=True, kw_only=True):
-    """The lazy start. Times are seconds since `firstbyte mount` was called; what the registry sent
-    until the workload was ready, for it and in the background, is in bytes and in requests."""
+    """The lazy start. Times are seconds since `firstbyte mount` was called. `fetched_bytes` and
+    `requests` are all that the registry sent until the workload was ready; `needed_bytes` is the
+    part that the workload waited for, the rest came in the background meanwhile."""
 
     mounted_seconds: float
     ready_seconds: float
+    needed_bytes: int
     fetched_bytes: int
     requests: int
     local_seconds: float
@@ -39,6 +41,9 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
         """How many times sooner the lazy start was ready."""
         return self.full_pull.ready_seconds / self.lazy.ready_seconds
 
+    def _share(self, amount: int) -> str:
+        return f"{_mb(amount)} ({100 * amount / self.image_bytes:.0f} % of the image)"
+
     def as_json(self) -> str:
         """One JSON object."""
         return msgspec.json.encode({**msgspec.structs.asdict(self), "ratio": self.ratio}).decode()
@@ -46,22 +51,26 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
     def as_text(self) -> str:
         """A few lines."""
         lazy, full = self.lazy, self.full_pull
-        share = 100 * lazy.fetched_bytes / self.image_bytes
-        rows = [
+        rows: list[tuple[str, str, float | None, str]] = [
             ("lazy", "mounted", lazy.mounted_seconds, ""),
             (
                 "",
                 "ready",
                 lazy.ready_seconds,
-                f"{_mb(lazy.fetched_bytes)} fetched by then: {share:.0f} % of the image, "
-                f"in {lazy.requests} requests",
+                f"{self._share(lazy.needed_bytes)} were waited for",
+            ),
+            (
+                "",
+                "",
+                None,
+                f"{self._share(lazy.fetched_bytes)} fetched, in {lazy.requests} requests",
             ),
             ("", "fully local", lazy.local_seconds, ""),
             ("full pull", "pulled", full.pulled_seconds, ""),
             ("", "ready", full.ready_seconds, ""),
         ]
         table = (
-            f"  {way:<10} {what:<12} after {seconds:6.2f} s   {remark}".rstrip()
+            f"  {way:<10} {what:<12} {_after(seconds)}   {remark}".rstrip()
             for way, what, seconds, remark in rows
         )
         return "\n".join(
@@ -74,6 +83,10 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
                 f"The workload was ready {self.ratio:.1f} times sooner.",
             ]
         )
+
+
+def _after(seconds: float | None) -> str:
+    return f"after {seconds:6.2f} s" if seconds is not None else " " * len("after 123.45 s")
 
 
 def _mb(amount: int) -> str:

@@ -77,6 +77,7 @@ class ImageFill:
         What fails is tried again, ever more seldom, for as long as this is not cancelled.
         """
         pause = FIRST_PAUSE
+        self._scheduler.expect_reads()  # an image is mounted to start something on it
         while True:
             before = self.done_bytes
             self.problem = ""

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from snapshotter.fetch.wants import LayerWants, Want
 
 FILL_SEGMENT = 2 << 20
-"""Compressed bytes of one request for background fill: at 200 Mbit/s 80 ms until others pass."""
+"""Compressed bytes of one request for background fill."""
+
+CAUTIOUS_SEGMENT = 256 << 10
+"""The same while a read may come any moment: at 200 Mbit/s 10 ms until it passes."""
 
 LARGEST_REQUEST = 16 << 20
 """Compressed bytes of any one request."""
@@ -140,7 +143,7 @@ class Run:
 
     # --- receiving ---
 
-    def request_end(self) -> int:
+    def request_end(self, *, cautious: bool) -> int:
         """Where the next request should end."""
         end = self.span.end
         fill = self.priority is Priority.FILL
@@ -154,7 +157,9 @@ class Run:
                     end = min(end, guess)
         if end <= self.position:
             end = self.span.end
-        return min(end, self.position + (FILL_SEGMENT if fill else LARGEST_REQUEST))
+        if not fill:
+            return min(end, self.position + LARGEST_REQUEST)
+        return min(end, self.position + (CAUTIOUS_SEGMENT if cautious else FILL_SEGMENT))
 
     def _expected_end(self, chunk: int) -> int:
         """About how much of the blob it takes to decode all of a chunk."""

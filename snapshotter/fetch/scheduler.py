@@ -5,7 +5,8 @@ soon as a connection is free for their class; a run that will pass a wanted chun
 it. So every chunk is in flight once, however many containers read it.
 
 Background fill gives way: while anybody is blocked, runs that bring nothing more urgent than fill
-neither start a request nor read on, except for one piece each `give_way` seconds.
+neither start a request nor read on, except for one piece each `give_way` seconds. For a while
+after that it makes one short request at a time, because the next read of a start is not far.
 """
 
 from __future__ import annotations
@@ -101,11 +102,13 @@ class Scheduler:
         except trio.WouldBlock:
             await self._readers.acquire()
         try:
+            self.expect_reads()
             waiter = self._want(origin, chunks, Priority.BLOCKED)
             if waiter.pending:
                 await self._wait(waiter)
             return waiter.arrived
         finally:
+            self.expect_reads()  # the next one of the same start
             self._readers.release()
 
     async def fill(self, origin: Origin, chunks: Iterable[int]) -> None:
@@ -116,6 +119,10 @@ class Scheduler:
         waiter = self._want(origin, chunks, Priority.FILL)
         if waiter.pending:
             await self._wait(waiter)
+
+    def expect_reads(self) -> None:
+        """A start is going on, or about to begin: fill leaves most of the link to it."""
+        self._transfer.expect_reads()
 
     async def give_way(self) -> None:
         """Pause background work, briefly, while somebody is blocked."""

@@ -37,9 +37,23 @@ def make_directory(path: Path) -> None:
         raise store_error(error, path, "cannot create") from error
 
 
-def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+def sync_file(path: Path) -> None:
+    """Make a file's content, and then its name, durable. Raises StoreError."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise store_error(error, path, "cannot sync") from error
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview], *, sync: bool = True) -> None:
     """Write a file under a temporary name, sync it, rename it, sync the directory.
 
+    Without `sync` other processes see all of it or nothing, but a power cut may leave a part.
     Raises StoreError, or what `pieces` raises, and leaves nothing behind then.
     """
     temporary = ""
@@ -49,10 +63,12 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
             for piece in pieces:
                 file.write(piece)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.rename(temporary, path)
         temporary = ""
-        sync_directory(path.parent)
+        if sync:
+            sync_directory(path.parent)
     except OSError as error:
         raise store_error(error, path, "cannot write") from error
     finally:

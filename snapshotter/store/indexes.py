@@ -8,6 +8,7 @@ from snapshotter.store.durable import (
     discard_temporaries,
     make_directory,
     remove_file,
+    sync_file,
     write_file,
 )
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class IndexStore:
-    """`<root>/indexes/<digest>.index`. What is under a name is there as a whole.
+    """`<root>/indexes/<digest>.index`. What is under a name and synced is there as a whole.
 
     Contents are the caller's to verify: `FileIndex` compares every section when it opens.
     """
@@ -34,10 +35,18 @@ class IndexStore:
         return path if path.exists() else None
 
     def put(self, digest: bytes, data: bytes | memoryview | Iterable[bytes]) -> Path:
-        """Keep an expanded index durably. Raises StoreError."""
+        """Keep an expanded index. Raises StoreError.
+
+        A mount waits for this, so it does not wait for the disk: `sync` it before anything durable
+        names it. What a power cut leaves is noticed when it is opened.
+        """
         path = self._path(digest)
-        write_file(path, [data] if isinstance(data, bytes | memoryview) else data)
+        write_file(path, [data] if isinstance(data, bytes | memoryview) else data, sync=False)
         return path
+
+    def sync(self, digest: bytes) -> None:
+        """Make an index that was `put` durable. Raises StoreError."""
+        sync_file(self._path(digest))
 
     def remove(self, digest: bytes) -> None:
         """Forget an index; one that is not there is fine. Raises StoreError."""

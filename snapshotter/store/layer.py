@@ -5,7 +5,9 @@ The order of writes makes a crash harmless at any instant:
     verify -> write raw -> (batched, `flush`) sync raw -> set bits -> sync bits
 
 A bit is durable only after the data it vouches for. In memory a chunk counts as present as soon
-as it is written; what was not flushed when the power went is simply fetched again.
+as it is written; what was not flushed when the power went is simply fetched again. Opening a new
+layer waits for no disk, because a container is waiting: its files' names are synced with the first
+flush, before its first bit.
 """
 
 from __future__ import annotations
@@ -19,7 +21,12 @@ from typing import TYPE_CHECKING
 
 from index.errors import IntegrityError
 from index.tables import CHUNK_SIZE
-from snapshotter.store.durable import remove_file, sync_directory, write_file
+from snapshotter.store.durable import (
+    discard_temporaries,
+    remove_file,
+    sync_directory,
+    write_file,
+)
 from snapshotter.store.errors import StoreError, store_error
 from snapshotter.store.presence import PresenceFile
 
@@ -54,13 +61,17 @@ class StoredLayer:
         self._dirty: set[int] = set()
         self._unsynced_clears = False
         self._next_complaint = 0.0
+        self._names_synced = False
+        try:
+            directory.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise store_error(error, directory, "cannot create") from error
+        discard_temporaries(directory)
         self._presence = PresenceFile(directory / "present", table)
         try:
             self._raw = os.open(self.raw_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             if os.fstat(self._raw).st_size != table.raw_size:
                 os.ftruncate(self._raw, table.raw_size)
-                os.fsync(self._raw)
-            sync_directory(directory)
         except OSError as error:
             self._presence.close()
             raise store_error(error, self.raw_path, "cannot open") from error
@@ -218,6 +229,7 @@ class StoredLayer:
                     return
                 self._unsynced_clears = False
             try:
+                self._sync_names()
                 os.fdatasync(self._raw)
             except OSError as error:
                 with self._lock:
@@ -237,6 +249,13 @@ class StoredLayer:
                 raise store_error(
                     error, self.raw_path.with_name("present"), "cannot sync"
                 ) from error
+
+    def _sync_names(self) -> None:
+        """Make the files' own names durable, once. Raises OSError."""
+        if not self._names_synced:
+            sync_directory(self.raw_path.parent)
+            sync_directory(self.raw_path.parent.parent)
+            self._names_synced = True
 
     # --- the layer as a whole ---
 

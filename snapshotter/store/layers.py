@@ -17,7 +17,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from snapshotter.store.cache import VerifiedCache
-from snapshotter.store.durable import discard_temporaries, make_directory
+from snapshotter.store.durable import make_directory
 from snapshotter.store.errors import StoreError, StoreLockedError, store_error
 from snapshotter.store.layer import StoredLayer
 
@@ -70,8 +70,6 @@ class LayerStore:
             layer = self._layers.get(key)
             if layer is None:
                 directory = self._directory / key.hex()
-                make_directory(directory)
-                discard_temporaries(directory)
                 layer = self._layers[key] = StoredLayer(directory, table, key, self._cache)
             else:
                 layer.retain()

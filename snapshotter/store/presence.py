@@ -92,7 +92,6 @@ class PresenceFile:
                     os.ftruncate(self._handle, 0)
                     os.pwrite(self._handle, header, 0)
                     os.ftruncate(self._handle, size)
-                    os.fsync(self._handle)
                     return
             except BaseException:
                 os.close(self._handle)

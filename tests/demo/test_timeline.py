@@ -14,6 +14,7 @@ TIMELINE = Timeline(
     lazy=Lazy(
         mounted_seconds=0.5,
         ready_seconds=1.5,
+        needed_bytes=5_000_000,
         fetched_bytes=20_000_000,
         requests=24,
         local_seconds=5.25,
@@ -28,7 +29,9 @@ def test_as_text_it_says_all_in_a_few_lines() -> None:
         "",
         "  lazy       mounted      after   0.50 s",
         "             ready        after   1.50 s   "
-        "20.0 MB fetched by then: 25 % of the image, in 24 requests",
+        "5.0 MB (6 % of the image) were waited for",
+        "                                           "
+        "20.0 MB (25 % of the image) fetched, in 24 requests",
         "             fully local  after   5.25 s",
         "  full pull  pulled       after   8.00 s",
         "             ready        after   9.00 s",

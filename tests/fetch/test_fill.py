@@ -10,7 +10,9 @@ from trio.testing import wait_all_tasks_blocked
 
 from index.tables import CHUNK_SIZE, Codec
 from snapshotter.fetch import fill as fill_module
+from snapshotter.fetch import transfer
 from snapshotter.fetch.fill import ImageFill
+from snapshotter.fetch.run import CAUTIOUS_SEGMENT
 from snapshotter.registry.errors import NotFoundError
 from tests.support.blobs import MadeLayer, make_layer, sample_bytes, table_for
 from tests.support.sources import Fault
@@ -53,13 +55,28 @@ async def test_every_layer_becomes_local_and_is_proven(node: Node) -> None:
         assert source.most_open <= 4
 
 
-async def test_a_big_layer_is_fetched_over_several_connections(node: Node) -> None:
+async def test_without_a_start_a_big_layer_is_fetched_over_several_connections(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "QUIET", 0)
     layer = make_layer(sample_bytes(200 * CHUNK_SIZE, 9), Codec.ZSTD)
     lazy, source = node.mount(layer)
     fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
     await fill.run()
     assert 2 <= source.most_open <= 4
     assert source.served == len(layer.blob)
+
+
+async def test_while_a_start_may_go_on_requests_are_short_and_one_at_a_time(node: Node) -> None:
+    layer = make_layer(sample_bytes(40 * CHUNK_SIZE, 9), Codec.PLAIN)
+    lazy, source = node.mount(layer)
+    source.gate = trio.Event()
+    async with trio.open_nursery() as nursery:
+        fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
+        nursery.start_soon(fill.run)
+        await wait_all_tasks_blocked()
+        assert source.requests == [(0, CAUTIOUS_SEGMENT)]
+        source.gate.set()
 
 
 async def test_what_is_local_already_is_not_fetched(node: Node) -> None:
