@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tarfile
 from typing import TYPE_CHECKING
 
 import pytest
 
+from snapshotter.demo.image import TAG as SAMPLE_TAG
+from snapshotter.demo.image import build as build_sample
 from tests.support.awkward import TIMELESS, awkward_layers, huge_layers, layers_beyond_umoci
 from tests.support.instance import Instance, firstbyte
 from tests.support.layouts import raw_digest, seekable, write_layout, write_packed
@@ -31,11 +34,13 @@ def unpacked(awkward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[by
     return unpack(awkward, tmp_path_factory.mktemp("unpacked"), TIMELESS)
 
 
-def unpack(layout: Path, into: Path, timeless: frozenset[bytes]) -> dict[bytes, Item]:
-    """The tree that `umoci unpack` makes of the image `latest`."""
+def unpack(
+    layout: Path, into: Path, timeless: frozenset[bytes], tag: str = "latest"
+) -> dict[bytes, Item]:
+    """The tree that `umoci unpack` makes of an image."""
     bundle = into / "bundle"
     subprocess.run(
-        ["umoci", "unpack", "--image", f"{layout}:latest", str(bundle)],
+        ["umoci", "unpack", "--image", f"{layout}:{tag}", str(bundle)],
         check=True,
         capture_output=True,
     )
@@ -123,6 +128,31 @@ def test_an_image_of_120_layers(here: Instance, registry: RunningRegistry, tmp_p
     expected = unpack(tmp_path / "layout", tmp_path, frozenset())
     with here.mounted(reference) as mounted:
         assert_same(read_tree(mounted), expected)
+
+
+def test_the_demos_image(here: Instance, tmp_path: Path) -> None:
+    """Thousands of real files of real packages."""
+    build_sample(tmp_path / "layout", lambda: None)
+    image = f"oci:{tmp_path}/layout:{SAMPLE_TAG}"
+    firstbyte("index", "build", image, "--push")
+    unnamed = directories_that_no_layer_names(tmp_path / "layout")
+    expected = unpack(tmp_path / "layout", tmp_path, unnamed, SAMPLE_TAG)
+    assert len(expected) > 3000
+    with here.mounted(image) as mounted:
+        assert_same(read_tree(mounted, timeless=unnamed), expected)
+
+
+def directories_that_no_layer_names(layout: Path) -> frozenset[bytes]:
+    named: set[bytes] = set()
+    parents = {b""}
+    for blob in (layout / "blobs/sha256").iterdir():
+        if blob.read_bytes()[:2] == b"\x1f\x8b":
+            with tarfile.open(blob) as layer:
+                paths = [b"/" + os.fsencode(name).lstrip(b"./") for name in layer.getnames()]
+            named.update(path.rstrip(b"/") for path in paths)
+    for path in named:
+        parents.update(path[:at] for at in range(len(path)) if path[at : at + 1] == b"/")
+    return frozenset(parents - named)
 
 
 def test_sparse_files_that_umoci_refuses_are_as_gnu_tar_extracts_them(
