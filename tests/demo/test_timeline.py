@@ -28,8 +28,7 @@ def test_as_text_it_says_all_in_a_few_lines() -> None:
         "sample image: 5 layers, 80.0 MB compressed, over 200 Mbit/s",
         "",
         "  lazy       mounted      after   0.50 s",
-        "             ready        after   1.50 s   "
-        "5.0 MB (6 % of the image) were waited for",
+        "             ready        after   1.50 s   5.0 MB (6 % of the image) were waited for",
         "                                           "
         "20.0 MB (25 % of the image) fetched, in 24 requests",
         "             fully local  after   5.25 s",
