@@ -180,6 +180,8 @@ class Service:
                 await image.settled.wait()
         if image.view.refusal is not None:
             raise image.view.refusal
+        if image.local:
+            await mount.ended_serving.wait()  # `_watch` has been told, too
         if not image.local or mount.state is MountState.GONE:
             raise MountError(
                 f"not all of {mount.reference} is local",
