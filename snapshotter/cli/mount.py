@@ -51,6 +51,12 @@ def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @click.argument("reference")
 @click.argument("directory", type=_DIRECTORY)
+@click.option(
+    "--index",
+    "index_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Use this file index [default: the image's own, else one is built here].",
+)
 @click.option("--wait-local", is_flag=True, help="Return when all of the image is on this node.")
 @places_options
 @registry_options
@@ -58,6 +64,7 @@ def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def mount(
     reference: str,
     directory: Path,
+    index_file: Path | None,
     wait_local: bool,
     root: Path,
     state: Path,
@@ -77,6 +84,7 @@ def mount(
         target=_absolute(directory),
         platform=platform or "",
         plain_http=plain_http,
+        index=_absolute(index_file) if index_file else "",
         wait_local=wait_local,
     )
     with progress.show(quiet=as_json) as shown:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from index.errors import FirstByteError, IntegrityError
+from index.errors import FirstByteError, IntegrityError, about
 from snapshotter.daemon.knowledge import Knowledge
 from snapshotter.daemon.protocol import Progress
 from snapshotter.daemon.spool import Spool
@@ -21,7 +21,7 @@ from snapshotter.fetch.layer import LazyLayer
 from snapshotter.fetch.source import ImageLayerSource
 from snapshotter.fuse import session
 from snapshotter.fuse.view import View
-from snapshotter.images.discovery import FoundIndex, Trust, find_index
+from snapshotter.images.discovery import FoundIndex, Trust, accept, find_index
 from snapshotter.images.indexing import build_index
 from snapshotter.images.proof import prove_tree
 from snapshotter.registry.credentials import CredentialStore
@@ -106,11 +106,13 @@ class Images:
         platform: str,
         *,
         plain_http: bool,
+        index: Path | None,
         report: Callable[[Progress], None],
     ) -> OpenImage:
         """Open an image, or share it if it is open already; `release` it once.
 
-        `plain_http` false leaves the choice to the custom of container tools. Raises
+        `plain_http` false leaves the choice to the custom of container tools. `index` is a file
+        with the image's index; None looks for one. Raises
         FirstByteError if the image cannot be found, or not be read.
         """
         wanted = Platform.parse(platform) if platform else Platform.host()
@@ -123,7 +125,7 @@ class Images:
         async with self._opening[digest]:
             image = self._open.get(digest)
             if image is None:
-                image = self._open[digest] = await self._make(source, resolved, report)
+                image = self._open[digest] = await self._make(source, resolved, index, report)
             else:
                 image.users += 1
         return image
@@ -142,15 +144,22 @@ class Images:
         log.info("closed %s", image.view.reference)
 
     async def _make(
-        self, source: ImageSource, resolved: ResolvedImage, report: Callable[[Progress], None]
+        self,
+        source: ImageSource,
+        resolved: ResolvedImage,
+        index_file: Path | None,
+        report: Callable[[Progress], None],
     ) -> OpenImage:
         """Find or build the index, open the layers, show the view, start to fill."""
         digest = resolved.descriptor.digest
         spool = Spool(self._root)
         try:
-            found = await self._knowledge.index_of(resolved) or await self._find(
-                source, resolved, spool, report
-            )
+            if index_file is not None:
+                found = await self._given(resolved, index_file)
+            else:
+                found = await self._knowledge.index_of(resolved) or await self._find(
+                    source, resolved, spool, report
+                )
             index = found.index
             slot = await trio.to_thread.run_sync(self._records.take_slot)
         except BaseException:
@@ -194,6 +203,12 @@ class Images:
             found.trust.value,
         )
         return image
+
+    async def _given(self, resolved: ResolvedImage, path: Path) -> FoundIndex:
+        data = await trio.Path(path).read_bytes()
+        with about(str(path)):
+            index = await trio.to_thread.run_sync(accept, data, resolved)
+        return FoundIndex(await self._knowledge.keep_index(index), Trust.GIVEN)
 
     async def _find(
         self,

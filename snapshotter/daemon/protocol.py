@@ -32,6 +32,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 class MountRequest(msgspec.Struct, frozen=True, kw_only=True, tag="mount"):
     """Mount an image at the directory `target` (absolute). `platform` empty: the machine's own.
 
+    `index` is the absolute path of a file index to use, or empty: one is looked for, or built.
     With `wait_local` the reply comes when all of the image is on this node.
     """
 
@@ -39,6 +40,7 @@ class MountRequest(msgspec.Struct, frozen=True, kw_only=True, tag="mount"):
     target: str
     platform: str = ""
     plain_http: bool = False
+    index: str = ""
     wait_local: bool = False
 
 

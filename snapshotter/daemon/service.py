@@ -120,6 +120,7 @@ class Service:
                 request.reference,
                 request.platform,
                 plain_http=request.plain_http,
+                index=Path(request.index) if request.index else None,
                 report=report,
             )
             await self._show(mount)

@@ -30,6 +30,7 @@ class Trust(enum.Enum):
 
     ANNOTATION = "annotation"  # the image's own digest pins it
     REFERRER = "referrer"  # somebody who may push to the repository attached it
+    GIVEN = "given"  # somebody who may mount images named a file
     LOCAL = "local"  # this node built it from the layers, or has proven that it is theirs
 
 

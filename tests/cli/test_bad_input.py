@@ -31,6 +31,12 @@ COMMAND = (sys.executable, "-m", "snapshotter.cli.main")
 NOISE = random.Random(1).randbytes(600_000)
 
 
+@pytest.fixture
+def here() -> Iterator[Instance]:
+    with instance() as made:
+        yield made
+
+
 def refused(*arguments: str | Path) -> str:
     """The one line that says why a command failed."""
     done = subprocess.run(
@@ -140,6 +146,19 @@ def test_an_index_of_another_image(tmp_path: Path) -> None:
     assert "not of the layers of" in line
 
 
+def test_mounting_with_an_index_of_another_image(here: Instance, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_layout(tmp_path / name, [tar(file(name.encode(), NOISE))])
+    firstbyte("index", "build", f"oci:{tmp_path}/one", "-o", tmp_path / "one.fbx")
+    index = str(tmp_path / "one.fbx")
+    target = here.directory("refused")
+    line = here.fail("mount", f"oci:{tmp_path}/two", target, "--index", index)
+    assert "not of the layers of" in line
+    with here.mounted(f"oci:{tmp_path}/one", "--index", index) as mounted:
+        assert (mounted / "one").read_bytes() == NOISE
+    assert "(given)" in here.log()
+
+
 def test_names_and_files_that_are_not_there(tmp_path: Path) -> None:
     assert "nowhere" in refused("index", "build", f"oci:{tmp_path}/nowhere")
     assert "lower" in refused("index", "show", "Registry.example/Upper")
@@ -188,12 +207,6 @@ async def test_a_registry_that_refuses(faulty: FaultRegistry, fault: Fault, says
     )
     assert says in line
     assert f"{faulty.host}/app" in line
-
-
-@pytest.fixture
-def here() -> Iterator[Instance]:
-    with instance() as made:
-        yield made
 
 
 @pytest.mark.parametrize(
