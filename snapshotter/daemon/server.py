@@ -137,6 +137,9 @@ class Connections:
         except FirstByteError as error:
             log.warning("refused %s: %s", type(request).__name__, error)
             return protocol.Failed(error.message, error.hint)
+        except OSError as error:
+            log.warning("refused %s: %s", type(request).__name__, error)
+            return protocol.Failed(str(error))
         except Exception as error:
             log.exception("a mistake in FirstByte while handling %r", request)
             return protocol.Failed(f"internal error: {error!r}", "the daemon's log has the details")
