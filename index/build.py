@@ -38,7 +38,7 @@ class IndexBuilder:
         tables = [scan.table for scan in self._scans]
         tree = writer.write(self._merger.finish(), [table.raw_size for table in tables])
         content = fbx.lay_out(tree, tables, [scan.windows for scan in self._scans])
-        return FileIndex(fbx.write(content, alignment=fbx.PAGE))
+        return FileIndex(fbx.write_expanded(content))
 
 
 def build(blobs: Iterable[Iterable[bytes]]) -> FileIndex:

@@ -29,11 +29,10 @@ class FileIndex:
     """
 
     def __init__(self, file: bytes | mmap.mmap) -> None:
-        """Raise FormatError, IntegrityError or UnsupportedError unless all but the windows is
-        as it was made: every byte that is served from here has been compared with its digest.
+        """Raise FormatError, IntegrityError or UnsupportedError unless all of it is as it was
+        made: by the checksums of who took it in, else (but for the windows) by its digests.
 
-        Windows are compared when an index is taken in (`load`) and not again, because a wrong
-        window only ever yields chunks that fail their own digests.
+        A wrong window only ever yields chunks that fail their own digests.
         """
         if sys.byteorder != "little":
             raise UnsupportedError("file indexes are read in place, on little-endian machines only")
@@ -41,6 +40,7 @@ class FileIndex:
         self._view = memoryview(file)
         self._sections = fbx.read(self._view)
         self.digest = fbx.index_digest(self._sections)
+        intact = fbx.intact(self._view, self._sections)
         for section, stored in self._sections.items():
             if section is Section.WINDOWS:
                 continue
@@ -48,7 +48,7 @@ class FileIndex:
                 raise FormatError("the file index is not in its expanded form")
             if len(stored.data) != stored.raw_size:
                 raise FormatError(f"section {section.name} of the file index has a wrong size")
-            if fbx.section_digest(stored.data) != stored.digest:
+            if not intact and fbx.section_digest(stored.data) != stored.digest:
                 raise IntegrityError(f"section {section.name} of the file index is damaged")
         self.tree = Image(self._sections[Section.TREE].data)
         self.layers, self._first_window = _layers(self._sections)
@@ -56,7 +56,10 @@ class FileIndex:
 
     @classmethod
     def open(cls, path: Path) -> FileIndex:
-        """Map an expanded index. Its digest is the caller's to compare with the one it expects."""
+        """Map an expanded index that this node has taken in before (`load`) or built.
+
+        Its digest is the caller's to compare with the one it expects.
+        """
         with path.open("rb") as file:
             try:
                 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
@@ -67,7 +70,7 @@ class FileIndex:
     @classmethod
     def load(cls, data: bytes | memoryview) -> FileIndex:
         """Take in an index of either form, verifying all of it, the windows too."""
-        return cls(fbx.write(fbx.expand(fbx.read(data)), alignment=fbx.PAGE))
+        return cls(fbx.write_expanded(fbx.expand(fbx.read(data))))
 
     @property
     def expanded(self) -> memoryview:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import zstandard
+from isal.isal_zlib import crc32
 
 from index.errors import FormatError, IntegrityError, UnsupportedError
 
@@ -38,8 +39,11 @@ SECTION = struct.Struct("<IIQQQ32s")
 # blob digest, diffID, blob size, raw size, codec, seek points, windows, reserved (0)
 LAYER = struct.Struct("<32s32sQQIIII")
 WINDOW_LENGTH = struct.Struct("<I")
+_CHECKSUM = struct.Struct("<I")
 
 OPTIONAL_SECTION = 1 << 31  # set in the id of a section that a reader may pass over
+# In the expanded form alone: a u32 CRC-32 of each section's stored bytes, by ascending id.
+CHECKSUMS = OPTIONAL_SECTION | 1
 MAX_SECTIONS = 64
 WINDOW_SIZE = 32 << 10  # the reach of deflate (RFC 1951, 2)
 DIGEST_PIECE = 4 << 20  # sections are hashed in pieces of this size, so that all cores can help
@@ -47,6 +51,9 @@ PAGE = 4096
 # The most that an index from outside may unfold to: 16 million files at 128 bytes each.
 MAX_EXPANDED = 2 << 30
 ZSTD_LEVEL = 15
+# 0.9 ms a window. Level 19 takes 11.4 ms, as long as inflating what lies between two windows, and
+# saves 3.3 %.
+WINDOW_LEVEL = 12
 
 
 class Section(enum.IntEnum):
@@ -138,7 +145,7 @@ def lay_out(
 
 def _pack_windows(windows: Sequence[bytes]) -> Stored:
     padded = [window.rjust(WINDOW_SIZE, b"\0") for window in windows]
-    compressor = zstandard.ZstdCompressor(level=19)
+    compressor = zstandard.ZstdCompressor(level=WINDOW_LEVEL)
     frames = [compressor.compress(window) for window in padded]
     data = b"".join([*(WINDOW_LENGTH.pack(len(frame)) for frame in frames), *frames])
     digest = section_digest(b"".join(padded))
@@ -163,8 +170,24 @@ def compress(content: Mapping[Section, Stored]) -> dict[Section, Stored]:
     }
 
 
-def write(content: Mapping[Section, Stored], *, alignment: int = 8) -> bytes:
-    """The file. The windows lie last; `alignment` is in bytes, PAGE for the expanded form."""
+def write(content: Mapping[Section, Stored]) -> bytes:
+    """The file in the form that `content` has: compressed as it travels, or plain."""
+    return _write(content, alignment=8)
+
+
+def write_expanded(content: Mapping[Section, Stored]) -> bytes:
+    """The file as a node keeps it, from sections that were verified just now.
+
+    Its checksums notice what a disk does to it later at a tenth of a SHA-256's cost, which is
+    what lets an index of 1 000 000 files open in 50 ms.
+    """
+    sums = b"".join(_CHECKSUM.pack(crc32(content[section].data)) for section in sorted(content))
+    extra = Stored(Encoding.PLAIN, sums, len(sums), section_digest(sums))
+    sections: dict[int, Stored] = {int(section): stored for section, stored in content.items()}
+    return _write(sections | {CHECKSUMS: extra}, alignment=PAGE)
+
+
+def _write(content: Mapping[Section, Stored] | Mapping[int, Stored], *, alignment: int) -> bytes:
     out = bytearray(HEADER.size + SECTION.size * len(content))
     for number, section in enumerate(sorted(content)):
         stored = content[section]
@@ -184,13 +207,47 @@ def write(content: Mapping[Section, Stored], *, alignment: int = 8) -> bytes:
     return bytes(out)
 
 
+def intact(file: bytes | memoryview, content: Mapping[Section, Stored]) -> bool:
+    """Whether an expanded file is still what `write_expanded` wrote; False if it cannot tell.
+
+    Says nothing about where the file comes from: what is from outside goes through `expand`.
+    """
+    sums = next((data for kind, _, data, _, _ in _rows(memoryview(file)) if kind == CHECKSUMS), b"")
+    return bytes(sums) == b"".join(
+        _CHECKSUM.pack(crc32(content[section].data)) for section in sorted(content)
+    )
+
+
 def read(file: bytes | memoryview) -> dict[Section, Stored]:
     """The sections of a file of either form, as views into it, not yet verified.
 
     Raises FormatError if it is no file index or breaks the layout, UnsupportedError if it is one
     of a version or with features this reader does not know.
     """
-    view = memoryview(file)
+    content: dict[Section, Stored] = {}
+    for kind, encoding, data, raw_size, digest in _rows(memoryview(file)):
+        if kind & OPTIONAL_SECTION:
+            continue
+        try:
+            section, how = Section(kind), Encoding(encoding)
+        except ValueError:
+            raise UnsupportedError(
+                f"the file index has a section {kind} in encoding {encoding}",
+                hint="a newer program made it; update this one, or build the index anew",
+            ) from None
+        if section in content:
+            raise FormatError(f"the file index has section {section.name} twice")
+        content[section] = Stored(how, data, raw_size, digest)
+    if missing := [section.name for section in Section if section not in content]:
+        raise FormatError(f"the file index has no section {missing[0]}")
+    for section, stored in content.items():
+        if (section is Section.WINDOWS) != (stored.encoding is Encoding.WINDOWS):
+            raise FormatError(f"section {section.name} of the file index has a wrong encoding")
+    return content
+
+
+def _rows(view: memoryview) -> Iterator[tuple[int, int, memoryview, int, bytes]]:
+    """Id, encoding, stored bytes, raw size and digest of each section. Raises as `read`."""
     if len(view) < HEADER.size or bytes(view[: len(MAGIC)]) != MAGIC:
         raise FormatError("this is not a FirstByte file index")
     _, major, _, incompatible, _, count, size = HEADER.unpack_from(view)
@@ -203,7 +260,6 @@ def read(file: bytes | memoryview) -> dict[Section, Stored]:
         raise FormatError(f"the file index says it has {size} bytes but has {len(view)}")
     if count > MAX_SECTIONS or HEADER.size + count * SECTION.size > size:
         raise FormatError(f"the file index says it has {count} sections")
-    content: dict[Section, Stored] = {}
     floor = HEADER.size + count * SECTION.size
     for number in range(count):
         row = SECTION.unpack_from(view, HEADER.size + number * SECTION.size)
@@ -211,25 +267,7 @@ def read(file: bytes | memoryview) -> dict[Section, Stored]:
         if offset < floor or offset + stored_size > size:
             raise FormatError(f"section {kind} of the file index lies outside its place")
         floor = offset + stored_size
-        if kind & OPTIONAL_SECTION:
-            continue
-        try:
-            section, how = Section(kind), Encoding(encoding)
-        except ValueError:
-            raise UnsupportedError(
-                f"the file index has a section {kind} in encoding {encoding}",
-                hint="a newer program made it; update this one, or build the index anew",
-            ) from None
-        if section in content:
-            raise FormatError(f"the file index has section {section.name} twice")
-        data = view[offset : offset + stored_size]
-        content[section] = Stored(how, data, raw_size, digest)
-    if missing := [section.name for section in Section if section not in content]:
-        raise FormatError(f"the file index has no section {missing[0]}")
-    for section, stored in content.items():
-        if (section is Section.WINDOWS) != (stored.encoding is Encoding.WINDOWS):
-            raise FormatError(f"section {section.name} of the file index has a wrong encoding")
-    return content
+        yield kind, encoding, view[offset:floor], raw_size, digest
 
 
 def expand(

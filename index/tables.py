@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import operator
 from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from index.errors import FormatError, IntegrityError
@@ -111,9 +111,9 @@ class LayerTable:
             raise FormatError(f"{self} has no seek points or some outside its raw space")
         if bits[-1] > 8 * self.blob_size:
             raise FormatError(f"{self} has seek points outside its blob")
-        if any(a >= b for a, b in pairwise(raw)) or any(a >= b for a, b in pairwise(bits)):
+        if not all(map(operator.lt, raw, raw[1:])) or not all(map(operator.lt, bits, bits[1:])):
             raise FormatError(f"{self} has seek points out of order")
-        if any(flag > 1 for flag in self.window_flags):
+        if max(self.window_flags) > 1:
             raise FormatError(f"{self} has malformed window flags")
         if self.codec is not Codec.GZIP and (
             any(self.window_flags) or any(bit % 8 for bit in bits)

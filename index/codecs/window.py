@@ -64,10 +64,11 @@ class WindowProbe:
         pairs = bytearray(2 * len(low))
         pairs[0::2] = low
         pairs[1::2] = high
-        positions = _POSITIONS.keys() & set(memoryview(pairs).cast("H"))
+        found = set(memoryview(pairs).cast("H"))
+        positions = [_POSITIONS[pair] for pair in found if pair in _POSITIONS]
         if not positions:
             return None
         needed = bytearray(WINDOW_SIZE)
-        for position in map(_POSITIONS.__getitem__, positions):
+        for position in positions:
             needed[position] = self._window[position]
         return bytes(needed)

@@ -60,7 +60,7 @@ def make_index(files: int) -> FileIndex:
         tables.append(layer.table())
     tree = writer.write(merger.finish(), [table.raw_size for table in tables])
     content = fbx.lay_out(tree, tables, [()] * _LAYERS)
-    return FileIndex(fbx.write(content, alignment=fbx.PAGE))
+    return FileIndex(fbx.write_expanded(content))
 
 
 class _Layer:

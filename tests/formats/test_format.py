@@ -42,10 +42,26 @@ def content(tree: bytes = b"tree" * 1000, layers: int = 2) -> dict[Section, fbx.
 def test_both_forms_have_the_same_digest_and_sections() -> None:
     built = content()
     travelling = fbx.write(fbx.compress(built))
-    expanded = fbx.write(fbx.expand(fbx.read(travelling)), alignment=fbx.PAGE)
+    expanded = fbx.write_expanded(fbx.expand(fbx.read(travelling)))
     assert fbx.index_digest(fbx.read(travelling)) == fbx.index_digest(built)
-    assert expanded == fbx.write(built, alignment=fbx.PAGE)
+    assert expanded == fbx.write_expanded(built)
+    assert fbx.index_digest(fbx.read(expanded)) == fbx.index_digest(built)
     assert len(travelling) < len(expanded)
+
+
+def test_an_expanded_file_notices_every_flipped_byte_of_its_sections() -> None:
+    expanded = fbx.write_expanded(content(tree=b"abc", layers=1))
+    assert fbx.intact(expanded, fbx.read(expanded))
+    for stored in fbx.read(expanded).values():
+        for place in (0, len(stored.data) // 2, len(stored.data) - 1):
+            damaged = bytearray(expanded)
+            damaged[expanded.index(bytes(stored.data)) + place] ^= 1
+            assert not fbx.intact(bytes(damaged), fbx.read(bytes(damaged)))
+
+
+def test_a_file_without_checksums_is_not_taken_for_intact() -> None:
+    file = fbx.write(content())
+    assert not fbx.intact(file, fbx.read(file))
 
 
 def test_the_digest_tells_apart_what_differs_in_any_section() -> None:
