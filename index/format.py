@@ -172,7 +172,7 @@ def compress(content: Mapping[Section, Stored]) -> dict[Section, Stored]:
 
 def write(content: Mapping[Section, Stored]) -> bytes:
     """The file in the form that `content` has: compressed as it travels, or plain."""
-    return _write(content, alignment=8)
+    return _write(sorted(content.items()), alignment=8)
 
 
 def write_expanded(content: Mapping[Section, Stored]) -> bytes:
@@ -183,14 +183,12 @@ def write_expanded(content: Mapping[Section, Stored]) -> bytes:
     """
     sums = b"".join(_CHECKSUM.pack(crc32(content[section].data)) for section in sorted(content))
     extra = Stored(Encoding.PLAIN, sums, len(sums), section_digest(sums))
-    sections: dict[int, Stored] = {int(section): stored for section, stored in content.items()}
-    return _write(sections | {CHECKSUMS: extra}, alignment=PAGE)
+    return _write([*sorted(content.items()), (CHECKSUMS, extra)], alignment=PAGE)
 
 
-def _write(content: Mapping[Section, Stored] | Mapping[int, Stored], *, alignment: int) -> bytes:
+def _write(content: Sequence[tuple[int, Stored]], *, alignment: int) -> bytes:
     out = bytearray(HEADER.size + SECTION.size * len(content))
-    for number, section in enumerate(sorted(content)):
-        stored = content[section]
+    for number, (section, stored) in enumerate(content):
         out += bytes(-len(out) % alignment)
         SECTION.pack_into(
             out,
