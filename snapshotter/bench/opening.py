@@ -37,7 +37,7 @@ class _Opened(NamedTuple):
 class _Parts(NamedTuple):
     """Seconds of an opening that go into its parts, page cache warm."""
 
-    digests: float
+    checksums: float
     tables: float
 
 
@@ -98,7 +98,7 @@ def _open(path: Path, samples: int) -> dict[str, float]:
     of_it = _Parts(*map(statistics.median, zip(*parts, strict=True)))
     return {
         "open, page cache warm": warm.whole,
-        "of it: compare digests": of_it.digests,
+        "of it: compare checksums": of_it.checksums,
         "of it: check layer tables": of_it.tables,
         "first lookup, warm": warm.first_lookup,
         "open, page cache dropped": dropped.whole,
@@ -109,14 +109,10 @@ def _open(path: Path, samples: int) -> dict[str, float]:
 def _time_parts(path: Path) -> _Parts:
     """The two parts that take longest, each by itself and after the other."""
     index = FileIndex.open(path)
-    sections = [
-        stored.data
-        for section, stored in fbx.read(index.expanded).items()
-        if section is not fbx.Section.WINDOWS
-    ]
-    digests = once(lambda: list(map(fbx.section_digest, sections)))
+    sections = fbx.read(index.expanded)
+    checksums = once(lambda: fbx.intact(index.expanded, sections))
     tables = once(lambda: list(map(LayerTable.check, index.layers)))
-    return _Parts(digests.seconds, tables.seconds)
+    return _Parts(checksums.seconds, tables.seconds)
 
 
 def _open_once(path: Path, names: Sequence[bytes]) -> _Opened:

@@ -59,6 +59,9 @@ class Link:
         with client, contextlib.suppress(OSError), socket.create_connection(self._target) as server:
             with self._lock:
                 self._open |= {client, server}
+            for end in (client, server):
+                # else the end of each answer waits 40 ms for the delayed ACK of what came before
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             up = threading.Thread(target=self._pass, args=(client, server), daemon=True)
             up.start()
             self._pass(server, client, delay=True)
