@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from index import codecs
-from index.tables import CHUNK_SIZE, Codec, LayerTable
+from index.tables import CHUNK_SIZE, MAX_RAW_SIZE, Codec, LayerTable
 from index.tar import TarScanner
 
 if TYPE_CHECKING:
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from index.entry import Entry
 
 _T = TypeVar("_T")
-
-MAX_RAW_SIZE = 1 << 41
-"""Bytes of raw space: EROFS counts a device's blocks of 512 bytes in 32 bits."""
 
 _MAX_QUEUED = 8
 """Batches that may wait for the hashing thread; one of raw bytes has less than 2 MiB."""

@@ -14,7 +14,7 @@ from index import codecs
 from index import format as fbx
 from index.convert import DEFAULT_LEVELS, FrameWriter
 from index.erofs import writer
-from index.layer import MAX_RAW_SIZE, LayerScanner
+from index.layer import LayerScanner
 from index.merge import Merger
 from index.tables import CHUNK_SIZE, Codec
 from index.tar import TarScanner
