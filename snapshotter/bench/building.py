@@ -16,7 +16,7 @@ from index.convert import DEFAULT_LEVELS, FrameWriter
 from index.erofs import writer
 from index.layer import LayerScanner
 from index.merge import Merger
-from index.tables import CHUNK_SIZE, Codec
+from index.tables import CHUNK_SIZE, MAX_RAW_SIZE, Codec
 from index.tar import TarScanner
 from snapshotter.bench.images import PIECE, read_pieces
 from snapshotter.bench.tables import Cell, Table
