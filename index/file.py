@@ -82,10 +82,10 @@ class FileIndex:
         return fbx.write(fbx.compress(self._sections))
 
     @property
-    def section_sizes(self) -> dict[str, tuple[int, int]]:
-        """Section name to (stored, raw) bytes."""
+    def section_sizes(self) -> dict[str, int]:
+        """Bytes of each section in the expanded form, where windows stay compressed."""
         return {
-            section.name.lower(): (len(stored.data), stored.raw_size)
+            section.name.lower(): len(stored.data)
             for section, stored in sorted(self._sections.items())
         }
 

@@ -128,10 +128,7 @@ def _describe(opened: FileIndex) -> dict[str, object]:
     return {
         "digest": f"sha256:{opened.digest.hex()}",
         "inodes": opened.tree.inode_count,
-        "sections": {
-            name: {"stored": stored, "raw": raw}
-            for name, (stored, raw) in opened.section_sizes.items()
-        },
+        "sections": opened.section_sizes,
         "layers": [
             {
                 "digest": f"sha256:{table.digest.hex()}",
@@ -180,9 +177,9 @@ def show(index_or_image: str, platform: str | None, plain_http: bool, as_json: b
         return
     click.echo(f"index  {described['digest']}")
     click.echo(f"inodes {described['inodes']}")
-    click.echo(f"\n{'section':10}{'stored':>14}{'raw':>14}")
-    for name, (stored, raw) in opened.section_sizes.items():
-        click.echo(f"{name:10}{stored:14,}{raw:14,}")
+    click.echo(f"\n{'section':10}{'expanded':>14}")
+    for name, size in opened.section_sizes.items():
+        click.echo(f"{name:10}{size:14,}")
     click.echo(f"\n{'layer':21}{'codec':6}{'blob':>14}{'raw':>14}{'chunks':>8}{'points':>8}")
     for table in opened.layers:
         click.echo(
