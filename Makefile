@@ -17,7 +17,8 @@ test: ## install what the tests need, and run them all
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
-	.venv/bin/pytest --numprocesses 2 --dist loadfile
+	@# on a disk: tmpfs cannot be read without waiting, nor hold an image's devices
+	TMPDIR=/var/tmp .venv/bin/pytest --numprocesses 2 --dist loadfile
 
 bench: ## measure index, store and file system; prints the tables of docs/benchmarks.md
 	@scripts/setup program demo

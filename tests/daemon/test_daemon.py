@@ -19,6 +19,7 @@ from snapshotter.mounts.table import mount_at
 from tests.support import tars
 from tests.support.instance import Instance, instance, wait_until
 from tests.support.layouts import write_layout
+from tests.support.nobody import as_nobody
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -136,14 +137,10 @@ def test_an_image_that_is_not_there_is_one_line(node: Instance) -> None:
 
 
 def test_not_root_is_one_line(node: Instance, layout: str) -> None:
-    done = subprocess.run(
-        node.command("mount", layout, node.base),
-        user=65534,
-        group=65534,
-        extra_groups=[],
-        capture_output=True,
-        text=True,
-        check=False,
+    done = as_nobody(
+        "main.main(sys.argv[1:])",
+        *node.command("mount", layout, node.base)[3:],
+        imports="import sys; from snapshotter.cli import main, mount",
     )
     assert done.returncode == 1
     assert done.stderr == "firstbyte: images are mounted by root alone: use sudo\n"

@@ -6,7 +6,6 @@ import errno
 import os
 import stat
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from index.tree import Extent, Node
+from tests.support.nobody import as_nobody
 from tests.support.serving import MemoryLayer, directory, regular, served, view_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.root
 
 GIB = 1 << 30
-NOBODY = 65534
 SECOND = 1_000_000_000
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")  # cap_net_bind_service=ep
 # POSIX ACL, version 2: user::rw-, user:65534:rw-, group::---, mask::rw-, other::---
@@ -159,22 +158,7 @@ def test_xattrs_are_byte_for_byte(mount: Path) -> None:
     assert os.listxattr(at(mount, b"empty")) == []
 
 
-def as_nobody(program: str, path: bytes) -> str:
-    """What a Python program prints when nobody runs it with `path` as its argument."""
-    done = subprocess.run(
-        [sys.executable, "-c", program, path],
-        user=NOBODY,
-        group=NOBODY,
-        extra_groups=[],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()
-
-
 TRY_TO_READ = """
-import sys
 try:
     open(sys.argv[1], "rb").read()
     print("read")
@@ -183,16 +167,21 @@ except OSError as error:
 """
 
 
+def read_as_nobody(path: bytes) -> str:
+    done = as_nobody(TRY_TO_READ, path, imports="import sys")
+    return done.stdout.strip() or done.stderr
+
+
 def test_the_kernel_checks_permissions(mount: Path) -> None:
-    assert as_nobody(TRY_TO_READ, at(mount, b"empty")) == "read"
-    assert as_nobody(TRY_TO_READ, at(mount, b"owned")) == "PermissionError"
+    assert read_as_nobody(at(mount, b"empty")) == "read"
+    assert read_as_nobody(at(mount, b"owned")) == "PermissionError"
 
 
 def test_access_control_lists_are_shown_and_enforced(mount: Path) -> None:
     """Group and others may do nothing with this file; the list lets nobody in, by number."""
     path = at(mount, b"acl")
     assert os.getxattr(path, b"system.posix_acl_access") == ACL
-    assert as_nobody(TRY_TO_READ, path) == "read"
+    assert read_as_nobody(path) == "read"
 
 
 def test_nothing_can_be_written(mount: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +12,7 @@ from snapshotter.mounts.errors import MountBusyError, MountError, MountPointErro
 from snapshotter.mounts.mountpoint import check_mount_point
 from snapshotter.mounts.syscalls import MountFlag
 from snapshotter.mounts.table import mount_at
+from tests.support.nobody import as_nobody
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,21 +95,15 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
 
 def test_without_root_the_error_says_so() -> None:
     program = (
-        "from pathlib import Path\n"
-        "from snapshotter.mounts import syscalls\n"
-        "from snapshotter.mounts.errors import MountError\n"
         "try: syscalls.mount('x', Path('/tmp'), 'tmpfs', syscalls.MountFlag(0))\n"
         "except MountError as error: print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        user=65534,
-        group=65534,
-        extra_groups=[],
-        capture_output=True,
-        text=True,
-        check=True,
+    imports = (
+        "from pathlib import Path\n"
+        "from snapshotter.mounts import syscalls\n"
+        "from snapshotter.mounts.errors import MountError\n"
     )
+    done = as_nobody(program, imports=imports)
     assert done.stdout == "no permission to mount /tmp: run this as root\n"
 
 
