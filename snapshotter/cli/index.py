@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from index.erofs.reader import Inode
     from snapshotter.registry.image import ImageSource, ResolvedImage
 
+SUFFIX = ".fbx"
+"""Of files that hold an index."""
+
 
 @click.group()
 def index() -> None:
@@ -94,7 +97,7 @@ async def _build(
             "seconds": round(time.monotonic() - started, 3),
         }
         if output is None and not push:
-            output = Path(f"{_file_name(reference)}.fbx")
+            output = Path(f"{_file_name(reference)}{SUFFIX}")
         if output is not None:
             await trio.to_thread.run_sync(_write, output, packed)
             report["file"] = str(output)
@@ -330,6 +333,8 @@ async def _open(text: str, platform: str | None, plain_http: bool) -> _Opened:
         data = await path.read_bytes()
         with about(text):
             return _Opened(await trio.to_thread.run_sync(FileIndex.load, data), None)
+    if text.startswith(("/", "./", "../")) or text.endswith(SUFFIX):  # no image has such a name
+        raise NotFoundError(f"{text}: no such file")
     async with connect(plain_http=plain_http) as locations:
         source = locations.source(text)
         image = await source.resolve(chosen_platform(platform))

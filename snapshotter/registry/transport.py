@@ -11,6 +11,7 @@ times HTTP/1.1's CPU per byte, so it is off; network reads of 256 KiB instead of
 from __future__ import annotations
 
 import math
+import os
 import socket
 import ssl
 import sys
@@ -348,9 +349,12 @@ def _network_error(host: str, error: Exception) -> NetworkError:
                 hint="if the registry speaks plain HTTP, use --plain-http",
             )
         if isinstance(cause, socket.gaierror):
-            return NetworkError(f"cannot find {host} ({cause.strerror})")
-        if isinstance(cause, OSError) and cause.strerror:
-            return NetworkError(f"connection to {host} failed ({cause.strerror})")
+            return NetworkError(f"cannot find {host} ({cause.strerror})", hint="is the name right?")
+        if isinstance(cause, OSError) and cause.errno:
+            return NetworkError(
+                f"connection to {host} failed ({os.strerror(cause.errno)})",
+                hint="is the registry running, and reachable from here?",
+            )
     return NetworkError(f"connection to {host} failed ({error or type(error).__name__})")
 
 

@@ -161,11 +161,21 @@ def test_mounting_with_an_index_of_another_image(here: Instance, tmp_path: Path)
 
 def test_names_and_files_that_are_not_there(tmp_path: Path) -> None:
     assert "nowhere" in refused("index", "build", f"oci:{tmp_path}/nowhere")
+    assert "no such file" in refused("index", "show", "nowhere.fbx")
+    assert "no such file" in refused("index", "ls", tmp_path / "nowhere")
     assert "lower" in refused("index", "show", "Registry.example/Upper")
     write_layout(tmp_path / "layout", [tar()])
     assert "no file index" in refused("index", "show", f"oci:{tmp_path}/layout")
     assert "zstd has levels" in refused(
         "convert", f"oci:{tmp_path}/layout", f"oci:{tmp_path}/other", "--level", "99"
+    )
+
+
+def test_a_registry_that_is_not_there() -> None:
+    line = refused("index", "show", "127.0.0.1:1/app")
+    assert line == (
+        "firstbyte: connection to 127.0.0.1:1 failed (Connection refused): "
+        "is the registry running, and reachable from here?"
     )
 
 
