@@ -146,6 +146,10 @@ def status(root: Path, state: Path, as_json: bool) -> None:
     click.echo(f"daemon: {f'process {reply.pid}' if reply.pid else 'not running'}")
     for mounted in reply.mounts:
         click.echo(_line(mounted))
+    if reply.retries or reply.damaged:
+        click.echo(
+            f"requests made again: {reply.retries}, damaged chunks and spans: {reply.damaged}"
+        )
 
 
 @click.command()

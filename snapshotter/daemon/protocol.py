@@ -101,13 +101,18 @@ class Fetched(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True, tag="status"):
-    """The reply to StatusRequest. `fetched` goes by class: blocked, readahead, startup, fill."""
+    """The reply to StatusRequest. `fetched` goes by class: blocked, readahead, startup, fill.
+
+    `retries` counts requests that were made again, `damaged` what came damaged from a registry.
+    """
 
     pid: int
     root: str
     state: str
     mounts: list[MountStatus]
     fetched: dict[str, Fetched] = {}
+    retries: int = 0
+    damaged: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

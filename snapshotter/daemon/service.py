@@ -240,6 +240,8 @@ class Service:
             state=str(self._places.state),
             mounts=[_status_of(mount) for mount in self._mounts.values()],
             fetched=_fetched(self._images.stats),
+            retries=self._images.stats.retries,
+            damaged=self._images.stats.damaged,
         )
 
 

@@ -33,9 +33,7 @@ class MountFlag(enum.IntFlag):
     """Flags of mount(2), from the kernel's include/uapi/linux/mount.h."""
 
     READ_ONLY = 1 << 0
-    NO_SUID = 1 << 1
     NO_DEVICES = 1 << 2
-    NO_EXEC = 1 << 3
     BIND = 1 << 12
     PRIVATE = 1 << 18
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from index.file import FileIndex
+from index.tables import CHUNK_SIZE
+from snapshotter.store.cache import CHUNKS as KEPT_CHUNKS
 from tests.support.instance import Instance, firstbyte, wait_until
 from tests.support.layouts import write_layout
 from tests.support.registry import RunningRegistry, skopeo_push
@@ -94,26 +96,32 @@ def test_a_flipped_byte_of_an_index_on_the_node_is_noticed(here: Instance, image
 
 @pytest.mark.parametrize("when", ["mounted", "stopped"])
 def test_a_flipped_byte_of_the_store_is_fetched_again(
-    here: Instance, image: str, when: str
+    here: Instance, registry: RunningRegistry, tmp_path: Path, when: str
 ) -> None:
+    """The daemon keeps some verified chunks in memory: the other file pushes them out of it."""
+    other = random.Random(6).randbytes((KEPT_CHUNKS + 8) * CHUNK_SIZE)
+    write_layout(tmp_path / "layout", [tar(file(b"data", CONTENT), file(b"other", other))])
+    reference = registry.reference(f"store-{when}")
+    skopeo_push(tmp_path / "layout", reference)
+    firstbyte("index", "build", reference, "--push")
+
     def damage() -> None:
         (raw,) = here.root.glob("layers/*/raw")
         flip(raw, SIZE // 2)
 
-    with here.mounted(image, "--wait-local") as mounted:
+    with here.mounted(reference, "--wait-local") as mounted:
         assert read(mounted / "data", 0, SIZE) == CONTENT
         if when == "mounted":
-            # What was verified a moment ago is still in the daemon's memory: fill that otherwise.
-            read(mounted / "data", 0, SIZE)
+            assert read(mounted / "other", 0, len(other)) == other
             damage()
             assert read(mounted / "data", 0, SIZE) == CONTENT
     if when == "stopped":
         wait_until(lambda: not here.has_daemon())
         damage()
-        with here.mounted(image) as mounted:
+        with here.mounted(reference) as mounted:
             assert read(mounted / "data", 0, SIZE) == CONTENT
-        assert "is damaged" in here.log()
-        assert "fetched again" in here.log()
+    assert "is damaged" in here.log()
+    assert "fetched again" in here.log()
 
 
 def test_an_index_that_lies_about_a_file_is_found_out(
