@@ -4,28 +4,41 @@ pyfuse3 keeps the session in module globals, so a process has one at a time. The
 and mounted here and not by libfuse: the descriptor can then be kept by somebody else while the
 process is replaced, and neither `nosuid` nor `nodev` is added (images hold setuid programs and
 device nodes, as on the file system of an ordinary unpack).
+
+The handshake goes through here, too. libfuse starts on a socket, where it is given the kernel's
+FUSE_INIT and its answer is read; then the device takes the socket's place. So the kernel gets an
+answer that says more than libfuse 3.14 can (idmapped mounts), and a process that takes a mount over
+could start libfuse, although the kernel says FUSE_INIT only once:
+
+    open, mount ──► _Connection ──► _libfuse, on the device ──► _accept: answer FUSE_INIT ──► serve
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import select
+import socket
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
 
+from snapshotter.fuse import handshake
+from snapshotter.fuse.loop import answer_requests
 from snapshotter.mounts import syscalls
 from snapshotter.mounts.errors import MountError
 from snapshotter.mounts.syscalls import MountFlag
 from snapshotter.mounts.table import mount_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
+    from snapshotter.fuse.handshake import InitReply, InitRequest
     from snapshotter.fuse.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -44,13 +57,19 @@ _READ_AHEAD_KIB = 1024
 # 256 MiB of page cache waiting.
 _MAX_BACKGROUND = 256
 
-# One task serves one request from start to end, so tasks are the limit on requests that wait for
-# the network at the same time, and when all wait nobody answers lookups. Requests in flight are
-# bounded by the threads that read (each waits for one) and _MAX_BACKGROUND. Idle tasks end by
-# themselves; a waiting one costs some 10 KiB.
-_MAX_TASKS = 4096
-
 _READY_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Connection:
+    """A mount as the kernel knows it: all that a process needs to serve it.
+
+    `device` is an open descriptor of /dev/fuse, non-blocking. `request` is what the kernel said
+    when it was mounted, once for ever.
+    """
+
+    device: int
+    request: InitRequest
 
 
 async def serve(
@@ -65,13 +84,15 @@ async def serve(
     Raises MountError when it cannot be mounted. Whatever happens, the mount is gone at the end:
     programs that still use it get errors (ENOTCONN).
     """
-    await trio.to_thread.run_sync(_open_and_mount, operations, mountpoint)
+    connection = await trio.to_thread.run_sync(_open_and_mount, mountpoint)
     try:
-        await _answer(mountpoint, task_status)
+        async with _libfuse(operations, connection) as reply:
+            _accept(connection, handshake.allow_idmap(reply, connection.request))
+            await _answer(mountpoint, task_status)
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(_unmount, mountpoint)
-        pyfuse3.close(unmount=False)  # closes the device, which ends what is still waiting
+        os.close(connection.device)  # the last of them, which ends what is still waiting
 
 
 async def forget_name(name: bytes) -> None:
@@ -89,11 +110,62 @@ async def forget_name(name: bytes) -> None:
     await trio.to_thread.run_sync(invalidate)
 
 
+@asynccontextmanager
+async def _libfuse(operations: Operations, connection: _Connection) -> AsyncIterator[InitReply]:
+    """pyfuse3, ready to serve the connection; yields its answer to FUSE_INIT, which is not sent.
+
+    The answer is read from the other end of a socket. pyfuse3's tasks end before the device takes
+    the socket's place, so that neither trio nor epoll knows the descriptor by then.
+    """
+    kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
+    kernel, stand_in = socket.socketpair(socket.AF_UNIX, kind)
+    with kernel:
+        try:
+            pyfuse3.init(operations, f"/dev/fd/{stand_in.fileno()}", {"fsname=firstbyte", "ro"})
+        except BaseException:
+            stand_in.close()
+            raise
+        descriptor = stand_in.detach()  # pyfuse3.close closes it, whatever it is by then
+        try:
+            reply = await _ask(kernel, connection.request)
+            os.dup2(connection.device, descriptor, inheritable=False)
+        except BaseException:
+            pyfuse3.close(unmount=False)
+            raise
+    try:
+        yield reply
+    finally:
+        pyfuse3.close(unmount=False)
+
+
+async def _ask(kernel: socket.socket, request: InitRequest) -> InitReply:
+    """Play the kernel for one request. Raises HandshakeError, MountError if there is no answer."""
+    channel = trio.socket.from_stdlib_socket(kernel)
+    answer = None
+    with trio.move_on_after(_READY_SECONDS):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer_requests)
+            await channel.send(request.pack())
+            answer = await channel.recv(handshake.REQUEST_BUFFER)
+            nursery.cancel_scope.cancel()
+    if answer is None:
+        raise MountError("the FUSE library does not answer")
+    return handshake.parse_reply(answer)
+
+
+def _accept(connection: _Connection, reply: InitReply) -> None:
+    """Answer FUSE_INIT; until then the kernel holds back all who use the mount."""
+    try:
+        os.write(connection.device, reply.pack())
+    except OSError as error:
+        raise MountError(f"the kernel takes no answer to FUSE_INIT: {error.strerror}") from error
+
+
 async def _answer(mountpoint: Path, task_status: trio.TaskStatus[None]) -> None:
     async with trio.open_nursery() as nursery:
 
         async def answer() -> None:
-            await pyfuse3.main(max_tasks=_MAX_TASKS)
+            await answer_requests()
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(answer)
@@ -106,14 +178,14 @@ async def _answer(mountpoint: Path, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
 
 
-def _open_and_mount(operations: Operations, mountpoint: Path) -> None:
+def _open_and_mount(mountpoint: Path) -> _Connection:
     device = _open_device()
     try:
         options = f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
         syscalls.mount(str(mountpoint), mountpoint, FILE_SYSTEM, MountFlag.READ_ONLY, options)
         try:
             syscalls.make_private(mountpoint)
-            pyfuse3.init(operations, f"/dev/fd/{device}", {"fsname=firstbyte", "ro"})
+            return _Connection(device, _read_request(device))
         except BaseException:
             syscalls.unmount(mountpoint, detach=True)
             raise
@@ -122,9 +194,18 @@ def _open_and_mount(operations: Operations, mountpoint: Path) -> None:
         raise
 
 
+def _read_request(device: int) -> InitRequest:
+    """The kernel's FUSE_INIT, which mount(2) has put there before it returned."""
+    poll = select.poll()
+    poll.register(device, select.POLLIN)
+    if not poll.poll(_READY_SECONDS * 1000):
+        raise MountError("the kernel does not begin to speak FUSE")
+    return handshake.parse_request(os.read(device, handshake.REQUEST_BUFFER))
+
+
 def _open_device() -> int:
     try:
-        return os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        return os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except PermissionError as error:
         raise MountError(f"no permission to open {_DEVICE}", hint="run this as root") from error
     except OSError as error:

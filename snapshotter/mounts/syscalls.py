@@ -1,8 +1,10 @@
-"""mount(2) and umount2(2) through libc, with errors that say what to do.
+"""The kernel's mount calls, with errors that say what to do.
 
 The `mount` program is not used: it needs loop devices for files, reads fstab, and its errors are
-text. ctypes releases the GIL around every call, which matters because a mount operation on our own
-file system makes the kernel ask this very process (call these functions from worker threads).
+text. mount(2) and umount2(2) are libc's; the calls for detached trees (open_tree(2) and its kin) go
+by number, because glibc has them only since 2.36. ctypes releases the GIL around every call, which
+matters because a mount operation on our own file system makes the kernel ask this very process
+(call these functions from worker threads).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import ctypes
 import enum
 import errno
 import os
+import struct
 from typing import TYPE_CHECKING
 
 from snapshotter.mounts.errors import MountBusyError, MountError, MountPointError
@@ -27,6 +30,25 @@ _libc.mount.argtypes = (
     ctypes.c_char_p,
 )
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_libc.syscall.restype = ctypes.c_long
+
+# One number on x86_64, aarch64 and all others but alpha (asm-generic/unistd.h).
+_OPEN_TREE = 428  # Linux 5.2
+_MOVE_MOUNT = 429  # Linux 5.2
+_MOUNT_SETATTR = 442  # Linux 5.12
+
+# fcntl.h
+_AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+
+# linux/mount.h
+_OPEN_TREE_CLONE = 1
+_OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_MOUNT_ATTR_IDMAP = 0x0010_0000
+
+# struct mount_attr: attr_set, attr_clr, propagation, userns_fd
+_MOUNT_ATTR = struct.Struct("=QQQQ")
 
 
 class MountFlag(enum.IntFlag):
@@ -73,6 +95,48 @@ def unmount(target: Path, *, detach: bool = False) -> None:
         raise _explain("unmount", target, "", ctypes.get_errno())
 
 
+def clone_tree(source: Path) -> int:
+    """A copy of the mount that shows `source`, from `source` on, that is mounted nowhere.
+
+    What is mounted below `source` is not part of it. Returns a descriptor (close-on-exec): the copy
+    goes with it, unless `attach` has given it a place. Raises MountError.
+    """
+    flags = _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC
+    return _call("copy the mount of", source, _OPEN_TREE, _AT_FDCWD, os.fsencode(source), flags)
+
+
+def set_idmap(tree: int, namespace: int, source: Path) -> None:
+    """Show the owners of files in a detached tree as a user namespace maps them.
+
+    A file that the file system says is owned by an id of the namespace is shown with the id that
+    this is outside; ids that the namespace does not map are shown as nobody. `namespace` is a
+    descriptor of a user namespace with a mapping; `source` names the tree in errors.
+
+    Raises MountError, with `errno` EINVAL if the file system cannot have it.
+    """
+    attributes = _MOUNT_ATTR.pack(_MOUNT_ATTR_IDMAP, 0, 0, namespace)
+    arguments = (tree, b"", _AT_EMPTY_PATH, attributes, len(attributes))
+    _call("map the owners of", source, _MOUNT_SETATTR, *arguments)
+
+
+def attach(tree: int, target: Path) -> None:
+    """Mount a detached tree at `target`; raises MountError."""
+    arguments = (tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+    _call("mount at", target, _MOVE_MOUNT, *arguments)
+
+
+def _call(what: str, path: Path, number: int, *arguments: int | bytes) -> int:
+    """A system call by number; whole registers, because a variadic function is not told types."""
+    words = [
+        ctypes.c_long(word) if isinstance(word, int) else ctypes.c_char_p(word)
+        for word in arguments
+    ]
+    result: int = _libc.syscall(ctypes.c_long(number), *words)
+    if result < 0:
+        raise _explain(what, path, "", ctypes.get_errno())
+    return result
+
+
 def _mount(what: str, source: str, target: Path, kind: str, flags: MountFlag, options: str) -> None:
     arguments = (os.fsencode(source), os.fsencode(target), kind.encode())
     if _libc.mount(*arguments, int(flags), options.encode()):
@@ -96,6 +160,10 @@ def _explain(what: str, target: Path, kind: str, number: int) -> MountError:
             f"this kernel has no file system {module}",
             hint=f"load it: modprobe {module}",
             errno=number,
+        )
+    if number == errno.ENOSYS:
+        return MountError(
+            f"this kernel cannot {what} {target}", hint="Linux 5.12 or newer can", errno=number
         )
     if what == "unmount" and number == errno.EINVAL:
         return MountPointError(f"nothing is mounted at {target}", errno=number)

@@ -107,6 +107,45 @@ def test_without_root_the_error_says_so() -> None:
     assert done.stdout == "no permission to mount /tmp: run this as root\n"
 
 
+def test_a_copy_of_a_mount_can_be_attached_elsewhere(tmpfs: Path, tmp_path: Path) -> None:
+    (tmpfs / "part" / "below").mkdir(parents=True)
+    target = tmp_path / "target"
+    target.mkdir()
+    tree = syscalls.clone_tree(tmpfs / "part")
+    try:
+        syscalls.attach(tree, target)
+    finally:
+        os.close(tree)
+    try:
+        entry = mount_at(target)
+        assert entry is not None
+        assert (entry.kind, entry.root) == (b"tmpfs", b"/part")
+        assert os.listdir(target) == ["below"]
+    finally:
+        syscalls.unmount(target)
+
+
+def test_calls_on_trees_name_what_they_were_about(tmpfs: Path) -> None:
+    with pytest.raises(MountPointError, match=r"cannot copy the mount of .*/none: No such file"):
+        syscalls.clone_tree(tmpfs / "none")
+    tree = syscalls.clone_tree(tmpfs)
+    try:
+        with pytest.raises(MountPointError, match=r"cannot mount at .*/none: No such file"):
+            syscalls.attach(tree, tmpfs / "none")
+        with pytest.raises(MountError, match=r"cannot map the owners of .*with space"):
+            syscalls.set_idmap(tree, tree, tmpfs)  # a directory is no user namespace
+    finally:
+        os.close(tree)
+
+
+def test_a_kernel_without_a_call_is_told_from_a_refusal(
+    tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(syscalls, "_OPEN_TREE", 100_000)
+    with pytest.raises(MountError, match=r"this kernel cannot copy the mount of .*: Linux 5"):
+        syscalls.clone_tree(tmpfs)
+
+
 def test_an_empty_directory_may_become_a_mount_point(tmp_path: Path) -> None:
     check_mount_point(tmp_path)
 
