@@ -8,6 +8,7 @@ the container runtimes whose result must be matched are built on it.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from index import sparse
@@ -48,6 +49,9 @@ _TYPES = {
 
 class TarScanner:
     """Push parser of one layer: `feed` it the stream, then `finish`.
+
+    Who can read the stream at any place need not feed what the scanner would drop anyway, mostly
+    the contents of files: `skip` as much of it as `skippable` tells.
 
     Two blocks of zeros end the archive; what follows is ignored. Like Go's archive/tar, a stream
     that ends between two members without them is complete, and so is an empty one.
@@ -95,6 +99,20 @@ class TarScanner:
             self._advance(piece)
         entries, self._entries = self._entries, []
         return entries
+
+    @property
+    def skippable(self) -> int:
+        """How many of the stream's next bytes need not be fed; sys.maxsize past the archive."""
+        return sys.maxsize if self._ended else self._skip
+
+    def skip(self, length: int) -> None:
+        """The next `length` bytes of the stream, at most `skippable`, are passed over unseen."""
+        if self._failure:
+            raise self._failure
+        if not 0 <= length <= self.skippable:
+            raise ValueError(f"{length} bytes to skip of {self.skippable}")
+        if not self._ended:
+            self._skip -= length
 
     def finish(self) -> None:
         """Say that the stream is over. Raises TarError if a member is incomplete."""
