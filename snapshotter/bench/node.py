@@ -46,7 +46,7 @@ class Node:
         return self._ask(protocol.StatusRequest()) is not None
 
     def _ask(self, request: Request) -> Reply | None:
-        return trio.run(partial(client.ask, self._places, request, start=False))
+        return trio.run(partial(client.ask, self._places, request, start=None))
 
 
 @contextmanager

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from snapshotter.daemon import config
 from snapshotter.registry.platform import Platform
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from snapshotter.registry.locations import Locations
+
+_CONFIG = "snapshotter.config"  # key of the configuration in click's context
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
 
@@ -26,12 +30,26 @@ plain_http_option = click.option(
     is_flag=True,
     help="Speak HTTP without TLS (loopback registries do without being told).",
 )
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    expose_value=False,
+    callback=lambda context, _, path: context.meta.__setitem__(_CONFIG, config.load(path)),
+    help=f"The configuration file [default: {config.DEFAULT_CONFIG}, if it exists].",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 
 
 def registry_options(command: _F) -> _F:
-    """`--platform` and `--plain-http`."""
-    return platform_option(plain_http_option(command))
+    """`--platform`, `--plain-http` and `--config`."""
+    return platform_option(plain_http_option(config_option(command)))
+
+
+def configuration() -> config.Config:
+    """What --config named, or the usual file."""
+    found = click.get_current_context().meta[_CONFIG]
+    assert isinstance(found, config.Config)
+    return found
 
 
 def chosen_platform(text: str | None) -> Platform:
@@ -44,8 +62,10 @@ async def connect(*, plain_http: bool) -> AsyncIterator[Locations]:
     """Registries and layouts, for as long as the block runs."""
     # HTTP takes 0.1 s to import; `firstbyte status` and the like leave it to the daemon
     from snapshotter.registry.credentials import CredentialStore
+    from snapshotter.registry.hosts_tree import HostsTree
     from snapshotter.registry.locations import Locations
     from snapshotter.registry.transport import Transport
 
+    hosts = HostsTree(configuration().registry.config_path)
     async with Transport() as transport:
-        yield Locations(transport, CredentialStore(), plain_http=plain_http or None)
+        yield Locations(transport, CredentialStore(), hosts=hosts, plain_http=plain_http or None)

@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": "snapshotter.cli.convert",
     "daemon": "snapshotter.cli.mount",
     "demo": "snapshotter.cli.demo",
+    "doctor": "snapshotter.cli.doctor",
     "index": "snapshotter.cli.index",
     "mount": "snapshotter.cli.mount",
     "status": "snapshotter.cli.mount",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,18 @@ import msgspec
 import trio
 
 from snapshotter.cli import progress
-from snapshotter.cli.connection import json_option, registry_options
+from snapshotter.cli.connection import (
+    config_option,
+    configuration,
+    json_option,
+    plain_http_option,
+    platform_option,
+)
 from snapshotter.daemon import client, protocol
+from snapshotter.daemon.config import DEFAULT_ROOT, DEFAULT_STATE, SOCKET_NAME, Config
 from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.logs import log_to_stderr
-from snapshotter.daemon.places import DEFAULT_ROOT, DEFAULT_STATE, Places
+from snapshotter.daemon.places import Places
 from snapshotter.mounts.syscalls import unmount
 from snapshotter.mounts.table import mount_at
 from snapshotter.registry.layout import PREFIX
@@ -31,21 +39,18 @@ _DIRECTORY = click.Path(path_type=Path, readable=False)  # who may do what is ch
 
 
 def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--root and --state, which say which instance on the node is meant."""
+    """--config, --root and --state, which say which instance on the node is meant."""
     command = click.option(
         "--state",
         type=_DIRECTORY,
-        default=DEFAULT_STATE,
-        show_default=True,
-        help="Where sockets, mounts and the log are.",
+        help=f"Where sockets, mounts and the log are [default: as configured, {DEFAULT_STATE}].",
     )(command)
-    return click.option(
+    command = click.option(
         "--root",
         type=_DIRECTORY,
-        default=DEFAULT_ROOT,
-        show_default=True,
-        help="Where images' data is kept.",
+        help=f"Where images' data is kept [default: as configured, {DEFAULT_ROOT}].",
     )(command)
+    return config_option(command)
 
 
 @click.command()
@@ -59,15 +64,16 @@ def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--wait-local", is_flag=True, help="Return when all of the image is on this node.")
 @places_options
-@registry_options
+@platform_option
+@plain_http_option
 @json_option
 def mount(
     reference: str,
     directory: Path,
     index_file: Path | None,
     wait_local: bool,
-    root: Path,
-    state: Path,
+    root: Path | None,
+    state: Path | None,
     platform: str | None,
     plain_http: bool,
     as_json: bool,
@@ -93,7 +99,7 @@ def mount(
                 client.ask,
                 _places(root, state),
                 request,
-                start=True,
+                start=_chosen(root, state),
                 on_progress=_Bars(shown).update,
             )
         )
@@ -107,7 +113,7 @@ def mount(
 @click.command()
 @click.argument("directory", type=_DIRECTORY)
 @places_options
-def umount(directory: Path, root: Path, state: Path) -> None:
+def umount(directory: Path, root: Path | None, state: Path | None) -> None:
     """Take down the image mounted on a directory.
 
     Fails while a program uses a file in it.
@@ -117,7 +123,7 @@ def umount(directory: Path, root: Path, state: Path) -> None:
     target = _absolute(directory)
 
     async def run() -> None:
-        reply = await client.ask(places, protocol.UmountRequest(target), start=False)
+        reply = await client.ask(places, protocol.UmountRequest(target), start=None)
         assert reply is None or isinstance(reply, protocol.Unmounted)
         if reply is None:
             _detach_dead(places, Path(target))
@@ -130,11 +136,11 @@ def umount(directory: Path, root: Path, state: Path) -> None:
 @click.command()
 @places_options
 @json_option
-def status(root: Path, state: Path, as_json: bool) -> None:
+def status(root: Path | None, state: Path | None, as_json: bool) -> None:
     """Show what is mounted, and how much of it is on this node."""
     _require_root()
     places = _places(root, state)
-    reply = trio.run(partial(client.ask, places, protocol.StatusRequest(), start=False))
+    reply = trio.run(partial(client.ask, places, protocol.StatusRequest(), start=None))
     if reply is None:
         reply = protocol.Status(pid=0, root=str(places.root), state=str(places.state), mounts=[])
     assert isinstance(reply, protocol.Status)
@@ -145,7 +151,9 @@ def status(root: Path, state: Path, as_json: bool) -> None:
         return
     click.echo(f"daemon: {f'process {reply.pid}' if reply.pid else 'not running'}")
     for mounted in reply.mounts:
-        click.echo(_line(mounted))
+        click.echo(f"{mounted.target}: {mounted.reference}, {_progress_of(mounted)}")
+    if reply.containerd is not None:
+        _print_containerd(reply.containerd)
     if reply.retries or reply.damaged:
         click.echo(
             f"requests made again: {reply.retries}, damaged chunks and spans: {reply.damaged}"
@@ -153,17 +161,27 @@ def status(root: Path, state: Path, as_json: bool) -> None:
 
 
 @click.command()
+@click.option(
+    "--address",
+    metavar="SOCKET",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help=f"Where containerd finds the snapshotter [default: as configured, STATE/{SOCKET_NAME}].",
+)
 @places_options
-def daemon(root: Path, state: Path) -> None:
-    """Run the daemon in the foreground, until SIGTERM or SIGINT; then unmount everything.
+def daemon(address: Path | None, root: Path | None, state: Path | None) -> None:
+    """Run the daemon of a node in the foreground: containerd's snapshotter, and images on
+    directories. It ends with SIGTERM or SIGINT, and unmounts everything then.
 
-    `firstbyte mount` starts one by itself; this is for those who want to keep one running.
+    `firstbyte mount` starts one by itself where none runs; that one does not serve containerd.
     """
     from snapshotter.daemon import process  # what the other commands leave to the daemon
 
     _require_root()
     log_to_stderr()
-    trio.run(partial(process.run, _places(root, state), stay=True, ready=lambda: None))
+    chosen = _chosen(root, state)
+    if address is not None:
+        chosen = msgspec.structs.replace(chosen, address=Path(_absolute(address)))
+    trio.run(partial(process.run, chosen, stay=True, ready=lambda: None))
 
 
 def _detach_dead(places: Places, target: Path) -> None:
@@ -191,14 +209,28 @@ class _Bars:
         task.update(event.done, event.total)
 
 
-def _line(mounted: protocol.MountStatus) -> str:
-    share = 100 * mounted.local_bytes // mounted.total_bytes if mounted.total_bytes else 100
-    line = (
-        f"{mounted.target}: {mounted.reference}, {mounted.state} ({mounted.mode}), "
-        f"{progress.mb(mounted.local_bytes)} of {progress.mb(mounted.total_bytes)} "
-        f"({share} %) on this node"
+def _print_containerd(status: protocol.ContainerdStatus) -> None:
+    click.echo(
+        f"containerd at {status.address}: {status.lazy_layers} lazy layers, "
+        f"{status.ordinary_layers} ordinary ones, {status.containers} containers"
     )
-    return f"{line}; {mounted.problem}" if mounted.problem else line
+    for image in status.images:
+        click.echo(f"{image.reference}: {image.layers} layers, {_progress_of(image)}")
+    for fallback in status.fallbacks:
+        when = datetime.fromtimestamp(fallback.at_ns // 10**9).astimezone()
+        click.echo(
+            f"not lazy: {fallback.reference}: {fallback.reason} "
+            f"({fallback.kind}, {fallback.count} times, last at {when:%Y-%m-%d %H:%M:%S})"
+        )
+
+
+def _progress_of(shown: protocol.MountStatus | protocol.ImageStatus) -> str:
+    share = 100 * shown.local_bytes // shown.total_bytes if shown.total_bytes else 100
+    line = (
+        f"{shown.state} (fuse), {progress.mb(shown.local_bytes)} of "
+        f"{progress.mb(shown.total_bytes)} ({share} %) on this node"
+    )
+    return f"{line}; {shown.problem}" if shown.problem else line
 
 
 def _require_root() -> None:
@@ -206,8 +238,19 @@ def _require_root() -> None:
         raise DaemonError("images are mounted by root alone", hint="use sudo")
 
 
-def _places(root: Path, state: Path) -> Places:
-    return Places(Path(_absolute(root)), Path(_absolute(state)))
+def _chosen(root: Path | None, state: Path | None) -> Config:
+    """The configuration, with what the command line says instead."""
+    config = configuration()
+    return msgspec.structs.replace(
+        config,
+        root=Path(_absolute(root or config.root)),
+        state=Path(_absolute(state or config.state)),
+    )
+
+
+def _places(root: Path | None, state: Path | None) -> Places:
+    config = _chosen(root, state)
+    return Places(config.root, config.state)
 
 
 def _absolute(path: Path) -> str:

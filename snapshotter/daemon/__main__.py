@@ -7,21 +7,18 @@ import logging
 import os
 import sys
 from functools import partial
-from pathlib import Path
 
 import trio
 
 from index.errors import FirstByteError
-from snapshotter.daemon import process, protocol
+from snapshotter.daemon import config, process, protocol
 from snapshotter.daemon.logs import log_to_stderr
-from snapshotter.daemon.places import Places
 
 
 def main() -> int:
     """Run until the last mount has gone. The starter reads from `--ready` how the start went."""
     parser = argparse.ArgumentParser(prog="snapshotter.daemon", description=__doc__)
-    parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--config", type=config.decode, required=True, help="as JSON")
     parser.add_argument("--ready", type=int, required=True, help="descriptor of a pipe")
     options = parser.parse_args()
     log_to_stderr()
@@ -34,8 +31,7 @@ def main() -> int:
         tell(protocol.Hello(protocol.VERSION, os.getpid()))
 
     try:
-        places = Places(options.root, options.state)
-        trio.run(partial(process.run, places, stay=False, ready=ready))
+        trio.run(partial(process.run, options.config, stay=False, ready=ready))
     except FirstByteError as error:
         logging.getLogger("snapshotter.daemon").error("%s", error)
         tell(protocol.Failed(error.message, error.hint))

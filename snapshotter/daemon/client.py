@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Self
 import trio
 
 from snapshotter.daemon import protocol
+from snapshotter.daemon.config import encode
 from snapshotter.daemon.errors import ControlProtocolError, DaemonError
 from snapshotter.daemon.places import locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from snapshotter.daemon.config import Config
     from snapshotter.daemon.places import Places
     from snapshotter.daemon.protocol import FromDaemon, Reply, Request
 
@@ -30,17 +32,19 @@ async def ask(
     places: Places,
     request: Request,
     *,
-    start: bool,
+    start: Config | None,
     on_progress: Callable[[protocol.Progress], None] = lambda _: None,
 ) -> Reply | None:
-    """Send one request and wait for its reply; None if no daemon runs and `start` is false.
+    """Send one request and wait for its reply; None if no daemon runs and none is to be started.
+
+    `start` is the configuration for one that is started.
 
     Being cancelled interrupts the request in the daemon too. Raises DaemonError, with the
     daemon's own words if it refused.
     """
     connection = await _connect(places)
-    if connection is None and start:
-        await _start(places)
+    if connection is None and start is not None:
+        await _start(places, start)
         connection = await _connect(places)
         if connection is None:
             raise DaemonError("the daemon ended right after its start", hint=f"see {places.log}")
@@ -146,7 +150,7 @@ def _check_greeting(message: FromDaemon) -> None:
         )
 
 
-async def _start(places: Places) -> None:
+async def _start(places: Places, config: Config) -> None:
     """Have a daemon running, started by us or by somebody else who does the same right now."""
     places.create()
     with trio.move_on_after(_START_SECONDS):
@@ -155,7 +159,7 @@ async def _start(places: Places) -> None:
                 if mine:
                     connection = await _connect(places)
                     if connection is None:
-                        await _spawn(places)
+                        await _spawn(places, config)
                     else:
                         await connection.close()
                     return
@@ -165,12 +169,12 @@ async def _start(places: Places) -> None:
     )
 
 
-async def _spawn(places: Places) -> None:
+async def _spawn(places: Places, config: Config) -> None:
     """Start a daemon that outlives us, and wait until it serves. Raises its own DaemonError."""
     readable, writable = os.pipe()
     with places.log.open("ab") as log:
         command = [sys.executable, "-m", "snapshotter.daemon"]
-        command += ["--root", str(places.root), "--state", str(places.state)]
+        command += ["--config", encode(config)]
         try:
             # setsid: the daemon is in a session of its own and nobody's child.
             await trio.run_process(

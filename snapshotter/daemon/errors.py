@@ -11,3 +11,11 @@ class DaemonError(FirstByteError):
 
 class ControlProtocolError(DaemonError):
     """The other side of the control socket sent something that is no message of ours."""
+
+
+class ConfigError(DaemonError):
+    """The configuration file cannot be read or makes no sense."""
+
+
+class NoIndexError(DaemonError):
+    """An image has no file index, and none may be built."""

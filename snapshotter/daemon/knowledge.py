@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
 from index.errors import FirstByteError, IntegrityError
@@ -20,7 +21,10 @@ from snapshotter.store.images import ImageRecord, ImageStore
 from snapshotter.store.indexes import IndexStore
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
+
+    from snapshotter.store.layers import LayerStore
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +61,13 @@ class Knowledge:
             return None
         return ResolvedImage(reference, manifest.descriptor, manifest, config, record.config)
 
+    async def reference_of(self, manifest_digest: str) -> str | None:
+        """A reference by digest of an image that this node has had before."""
+        record = await trio.to_thread.run_sync(self._records.get, manifest_digest)
+        if record is None or record.reference.startswith(PREFIX):
+            return None
+        return f"{Reference.parse(record.reference).name}@{manifest_digest}"
+
     async def index_of(self, image: ResolvedImage) -> FoundIndex | None:
         """The file index that was used last time."""
         record = await trio.to_thread.run_sync(self._records.get, image.descriptor.digest)
@@ -83,7 +94,7 @@ class Knowledge:
         return await trio.to_thread.run_sync(keep)
 
     async def remember(self, image: ResolvedImage, found: FoundIndex) -> None:
-        """Record an image and the index it is used with. Failing to is logged."""
+        """Record an image and the index it is used with, durably. Raises StoreError."""
         record = ImageRecord(
             reference=image.name,
             manifest_digest=image.descriptor.digest,
@@ -91,15 +102,70 @@ class Knowledge:
             config=image.raw_config,
             index_digest=found.index.digest,
             trust=found.trust.value,
+            content_keys=[table.content_key for table in found.index.layers],
         )
         known = await trio.to_thread.run_sync(self._records.get, image.descriptor.digest)
+        if known is not None and known.index_digest == record.index_digest:
+            record = msgspec.structs.replace(record, prefixes=known.prefixes)
         if known == record:
             return
+        await trio.to_thread.run_sync(self._indexes.sync, record.index_digest)
+        await trio.to_thread.run_sync(self._records.put, record)
+
+    async def prefix_of(self, manifest_digest: str, depth: int) -> FileIndex | None:
+        """The file index of an image's lower `depth` layers, if this node has made it before."""
+
+        def find() -> FileIndex | None:
+            record = self._records.get(manifest_digest)
+            digest = None if record is None else record.prefixes.get(depth)
+            return None if digest is None else self._open(digest)
+
         try:
-            await trio.to_thread.run_sync(self._indexes.sync, record.index_digest)
-            await trio.to_thread.run_sync(self._records.put, record)
+            return await trio.to_thread.run_sync(find)
         except FirstByteError as error:
-            log.warning("%s is mounted, but not recorded: %s", image.name, error)
+            log.warning("an index of lower layers is made again: %s", error)
+            return None
+
+    async def keep_prefix(self, manifest_digest: str, depth: int, index: FileIndex) -> FileIndex:
+        """Store the file index of the lower `depth` layers of a remembered image, durably.
+
+        Raises StoreError.
+        """
+        kept = await self.keep_index(index)
+
+        def record() -> None:
+            self._indexes.sync(index.digest)
+            known = self._records.get(manifest_digest)
+            if known is not None:
+                prefixes = {**known.prefixes, depth: index.digest}
+                self._records.put(msgspec.structs.replace(known, prefixes=prefixes))
+
+        await trio.to_thread.run_sync(record)
+        return kept
+
+    async def forget(
+        self, manifest_digest: str, store: LayerStore, in_use: Collection[bytes]
+    ) -> None:
+        """Forget an image that is not open, and delete what is of no other image's.
+
+        `in_use` are digests of indexes that are open; the store knows which layers are. Nobody may
+        be opening the image meanwhile. Raises StoreError.
+        """
+
+        def sweep() -> None:
+            gone = self._records.get(manifest_digest)
+            self._records.remove(manifest_digest)
+            if gone is None:
+                return
+            left = self._records.all()
+            indexes = {digest for record in left for digest in record.all_indexes} | {*in_use}
+            for digest in gone.all_indexes:
+                if digest not in indexes:
+                    self._indexes.remove(digest)
+            layers = {key for record in left for key in record.content_keys}
+            store.remove([key for key in gone.content_keys if key not in layers])
+
+        await trio.to_thread.run_sync(sweep)
 
     def path_of(self, index: FileIndex) -> Path:
         """Where an index that was kept is. Raises StoreError if it is gone."""

@@ -6,16 +6,13 @@ import fcntl
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapshotter.daemon.errors import DaemonError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-DEFAULT_ROOT = Path("/var/lib/firstbyte")
-DEFAULT_STATE = Path("/run/firstbyte")
+    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import resource
 import signal
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import trio
 
+from snapshotter.daemon.containerd import serve_containerd
 from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.images import Images
-from snapshotter.daemon.places import locked
+from snapshotter.daemon.places import Places, locked
 from snapshotter.daemon.records import Records, detach_dead_mounts
 from snapshotter.daemon.server import Connections, listen
 from snapshotter.daemon.service import Service
@@ -20,7 +22,11 @@ from snapshotter.fetch.scheduler import open_scheduler
 from snapshotter.fuse import session
 from snapshotter.fuse.operations import Operations
 from snapshotter.fuse.view import Views
+from snapshotter.images.discovery import Trust
 from snapshotter.nursery import open_nursery
+from snapshotter.registry.credentials import CredentialStore
+from snapshotter.registry.hosts_tree import HostsTree
+from snapshotter.registry.locations import Locations
 from snapshotter.registry.transport import Transport
 from snapshotter.store.flusher import keep_flushed
 from snapshotter.store.layers import LayerStore
@@ -28,7 +34,7 @@ from snapshotter.store.layers import LayerStore
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from snapshotter.daemon.places import Places
+    from snapshotter.daemon.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +45,14 @@ _CLOSE_SECONDS = 10.0  # for mounts to be taken down; what is left then, the ker
 _FIRST_CLIENT_SECONDS = 60.0  # a daemon nobody talks to was started by somebody who gave up
 
 
-async def run(places: Places, *, stay: bool, ready: Callable[[], None]) -> None:
-    """Serve until told to stop; without `stay` also until nothing is mounted any more.
+async def run(config: Config, *, stay: bool, ready: Callable[[], None]) -> None:
+    """Serve until told to stop; without `stay` only until nothing is mounted any more.
 
-    `ready` is called when the control socket answers. Raises FirstByteError if the daemon cannot
-    start. At the end all its mounts and the socket are gone, whatever happened.
+    With `stay` containerd is served, too. `ready` is called when the sockets answer. Raises
+    FirstByteError if the daemon cannot start. At the end all its mounts and the sockets are gone,
+    whatever happened.
     """
+    places = Places(config.root, config.state)
     places.create()
     _raise_file_limit()
     with ExitStack() as held:
@@ -60,16 +68,40 @@ async def run(places: Places, *, stay: bool, ready: Callable[[], None]) -> None:
             views = Views()
             await nursery.start(_serve_mount, views, places, stop)
             async with open_scheduler() as scheduler:
-                images = Images(places.root, views, records, store, scheduler, transport, nursery)
+                locations = functools.cache(
+                    functools.partial(_locations, transport, CredentialStore(), config)
+                )
+                images = Images(
+                    places.root,
+                    views,
+                    records,
+                    store,
+                    scheduler,
+                    locations,
+                    nursery,
+                    trusted=[Trust(way) for way in config.images.trust],
+                )
                 service = Service(places, images, records, nursery, stop=stop.set, stay=stay)
                 try:
-                    await _answer_clients(places, service, stop, stay=stay, ready=ready)
+                    async with AsyncExitStack() as serving:
+                        if stay:
+                            service.containerd = await serving.enter_async_context(
+                                serve_containerd(config, images)
+                            )
+                        await _answer_clients(places, service, stop, stay=stay, ready=ready)
                 finally:
                     with trio.move_on_after(_CLOSE_SECONDS) as closing:
                         closing.shield = True
                         await service.close()
             nursery.cancel_scope.cancel()
     log.info("the daemon has ended")
+
+
+def _locations(
+    transport: Transport, credentials: CredentialStore, config: Config, plain_http: bool | None
+) -> Locations:
+    hosts = HostsTree(config.registry.config_path)
+    return Locations(transport, credentials, hosts=hosts, plain_http=plain_http)
 
 
 async def _answer_clients(

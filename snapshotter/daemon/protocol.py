@@ -100,10 +100,65 @@ class Fetched(msgspec.Struct, frozen=True):
     bytes: int
 
 
+class ImageStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One image that containerd has lazily. `state` as of a mount; bytes are of raw space.
+
+    `snapshots` counts those of its layers that containerd has.
+    """
+
+    reference: str
+    digest: str
+    state: str
+    layers: int
+    snapshots: int
+    local_bytes: int
+    total_bytes: int
+    problem: str = ""
+
+
+class Fallback(msgspec.Struct, frozen=True, kw_only=True):
+    """An image that containerd had to pull as without us, why (`kind` is a word for counters), how
+    often, and when last (nanoseconds since the epoch)."""
+
+    reference: str
+    image: str
+    kind: str
+    reason: str
+    count: int
+    at_ns: int
+
+
+class Calls(msgspec.Struct, frozen=True, kw_only=True):
+    """How often containerd's call `method` ended with gRPC status `code`, and took in sum."""
+
+    method: str
+    code: str
+    count: int
+    seconds: float
+
+
+class ContainerdStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The snapshotter. Layers and snapshots of containers and views are those that there are now;
+    `without_labels` counts layers since the start of the daemon for which no labels came.
+    `idmapped` says why lower directories cannot be ID-mapped, and is empty if they can."""
+
+    address: str
+    lazy_layers: int
+    ordinary_layers: int
+    containers: int
+    views: int
+    without_labels: int
+    idmapped: str
+    images: list[ImageStatus]
+    fallbacks: list[Fallback]
+    calls: list[Calls]
+
+
 class Status(msgspec.Struct, frozen=True, tag="status"):
     """The reply to StatusRequest. `fetched` goes by class: blocked, readahead, startup, fill.
 
     `retries` counts requests that were made again, `damaged` what came damaged from a registry.
+    `containerd` is None if this daemon does not serve it.
     """
 
     pid: int
@@ -113,6 +168,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     fetched: dict[str, Fetched] = {}
     retries: int = 0
     damaged: int = 0
+    containerd: ContainerdStatus | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

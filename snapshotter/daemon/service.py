@@ -25,6 +25,7 @@ from snapshotter.mounts.table import mount_at
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from snapshotter.daemon.containerd import Containerd
     from snapshotter.daemon.images import Images
     from snapshotter.daemon.places import Places
     from snapshotter.daemon.records import Records
@@ -58,6 +59,8 @@ class Service:
         self._mounts: dict[Path, Mount] = {}
         self._requests: set[trio.CancelScope] = set()
         self._refusing = False
+        self.containerd: Containerd | None = None
+        """The snapshotter, if this daemon has one."""
 
     @property
     def idle(self) -> bool:
@@ -93,7 +96,7 @@ class Service:
             case protocol.UmountRequest():
                 return await self._umount(Path(request.target))
             case protocol.StatusRequest():
-                return self._status()
+                return await self._status()
             case protocol.StopRequest():
                 self._stop()
                 return protocol.Unmounted(ending=True)
@@ -233,7 +236,7 @@ class Service:
 
     # --- telling ---
 
-    def _status(self) -> protocol.Status:
+    async def _status(self) -> protocol.Status:
         return protocol.Status(
             pid=os.getpid(),
             root=str(self._places.root),
@@ -242,6 +245,7 @@ class Service:
             fetched=_fetched(self._images.stats),
             retries=self._images.stats.retries,
             damaged=self._images.stats.damaged,
+            containerd=await self.containerd.status() if self.containerd else None,
         )
 
 

@@ -26,6 +26,9 @@ class BlobSource(Protocol):
         says that trying again may help, `retry_after` that it will not before so many seconds.
         """
 
+    def doubt(self) -> None:
+        """Bytes that came were wrong: if there is another place to get them from, prefer it."""
+
     def window(self, point: int) -> bytes | None:
         """The 32 KiB of raw space before a seek point, if decoding from it needs them."""
 
@@ -41,6 +44,9 @@ class ImageLayerSource:
 
     def open_range(self, start: int, end: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         return self.image.open_range(self.descriptor, start, end)
+
+    def doubt(self) -> None:
+        self.image.doubt(self.descriptor)
 
     def window(self, point: int) -> bytes | None:
         return self.file_index.window(self.layer, point)

@@ -250,6 +250,7 @@ class Transfer:
     def _tolerate(self, run: Run, want: Want, damage: IntegrityError) -> bool:
         """False the first time that a chunk has not its digest, then those who wait are told."""
         self._stats.damaged += 1
+        run.origin.source.doubt()
         log.error("%s, from %s", damage, run.span)
         if want.refetched:
             self._wants.reject(want, run.origin, damage)
@@ -261,6 +262,7 @@ class Transfer:
         """What to do when the bytes of a span cannot be decoded: try once more, then fail those
         chunks for which there is no later point to start from."""
         self._stats.damaged += 1
+        run.origin.source.doubt()
         log.error("%s: %s, in %s", run.origin.table, error, run.span)
         run.decode_failures += 1
         if run.decode_failures == 1 and run.wants:

@@ -17,6 +17,8 @@ from snapshotter.registry.errors import RegistryError
 from snapshotter.registry.manifest import Descriptor, Manifest
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from snapshotter.registry.image import ImageSource, ResolvedImage
 
 log = logging.getLogger(__name__)
@@ -42,17 +44,24 @@ class FoundIndex:
     trust: Trust
 
 
-async def find_index(source: ImageSource, image: ResolvedImage) -> FoundIndex | None:
+async def find_index(
+    source: ImageSource,
+    image: ResolvedImage,
+    trusted: Collection[Trust] = (Trust.ANNOTATION, Trust.REFERRER),
+) -> FoundIndex | None:
     """The index that the image pins, else the first good one among its referrers, else None.
 
+    What is not `trusted` is not even asked for.
     A candidate that is damaged, malformed or of other layers is logged and passed over, as is a
     registry that cannot be asked: an image without an index is slower, not broken.
     """
-    pinned = _pinned(image)
+    pinned = _pinned(image) if Trust.ANNOTATION in trusted else None
     if pinned is not None:
         index = await _try(source, image, pinned)
         if index is not None:
             return FoundIndex(index, Trust.ANNOTATION)
+    if Trust.REFERRER not in trusted:
+        return None
     try:
         artifacts = await source.referrers(image.descriptor.digest, ARTIFACT_TYPE)
     except RegistryError as error:

@@ -65,7 +65,11 @@ async def build_index(
                 scanner = LayerScanner(on_raw=on_raw(number))
                 entries = await _scan(source, layer, scanner, cores, advance)
             result = scanner.finish()
-        _check(result, layer, image.config.rootfs.diff_ids[number], image.name)
+        try:
+            _check(result, layer, image.config.rootfs.diff_ids[number], image.name)
+        except IntegrityError:
+            source.doubt(layer)
+            raise
         scanned[number] = _Scanned(result, entries)
 
     async with open_nursery() as nursery:

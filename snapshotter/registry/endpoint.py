@@ -8,21 +8,26 @@ from urllib.parse import urlsplit
 
 from snapshotter.registry.reference import DEFAULT_REGISTRY
 
-_DEFAULT_REGISTRY_HOST = "registry-1.docker.io"
+DEFAULT_REGISTRY_HOST = "registry-1.docker.io"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A server that speaks the distribution API. `host` may carry a port."""
+    """A server that speaks the distribution API.
+
+    `host` may carry a port. `path` is the API's root: empty, or it starts with a slash and ends
+    without one.
+    """
 
     scheme: str
     host: str
+    path: str = "/v2"
 
     @property
     def base(self) -> str:
         """The URL that API paths are appended to; ends in a slash."""
-        return f"{self.scheme}://{self.host}/v2/"
+        return f"{self.scheme}://{self.host}{self.path}/"
 
     def is_origin_of(self, url: str) -> bool:
         """Whether credentials for this endpoint may go to `url`: same scheme, host and port."""
@@ -40,7 +45,7 @@ def endpoint_of(registry: str, *, plain_http: bool | None = None) -> Endpoint:
 
     `plain_http` None is the custom of container tools: HTTP for loopback hosts, TLS for others.
     """
-    host = _DEFAULT_REGISTRY_HOST if registry == DEFAULT_REGISTRY else registry
+    host = DEFAULT_REGISTRY_HOST if registry == DEFAULT_REGISTRY else registry
     if plain_http is None:
         plain_http = is_loopback(host)
     return Endpoint("http" if plain_http else "https", host)

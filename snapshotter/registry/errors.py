@@ -23,6 +23,10 @@ class CredentialsError(RegistryError):
     """Credentials are configured but cannot be read."""
 
 
+class HostsError(RegistryError):
+    """What is configured about a registry's hosts (hosts.toml) is malformed or cannot be read."""
+
+
 class LayoutError(RegistryError):
     """An OCI layout directory cannot be read or written."""
 

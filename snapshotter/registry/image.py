@@ -70,6 +70,10 @@ class ImageSource(Protocol):
         verified. ValueError if the range is not within the blob.
         """
 
+    def doubt(self, descriptor: Descriptor) -> None:
+        """Ranges of a blob gave something else than they should: from now on it is read from
+        elsewhere first, if it can be."""
+
     async def referrers(self, digest: str, artifact_type: str) -> list[Descriptor]:
         """The artifacts of one type whose subject is the manifest `digest`."""
 

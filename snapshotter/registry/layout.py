@@ -111,6 +111,9 @@ class Layout:
             async with aclosing(self._pieces(file, end - start)) as pieces:
                 yield pieces
 
+    def doubt(self, descriptor: Descriptor) -> None:
+        """There is no other place to read from."""
+
     async def referrers(self, digest: str, artifact_type: str) -> list[Descriptor]:
         found = []
         for entry in await trio.to_thread.run_sync(self._directory.entries):

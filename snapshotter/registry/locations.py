@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from snapshotter.registry.client import Registry
 from snapshotter.registry.layout import PREFIX, Layout
+from snapshotter.registry.mirrors import Repository
 from snapshotter.registry.push import RegistrySink
 from snapshotter.registry.reference import Reference
-from snapshotter.registry.session import Session
 
 if TYPE_CHECKING:
     from snapshotter.registry.credentials import CredentialStore
+    from snapshotter.registry.hosts_tree import HostsTree
     from snapshotter.registry.image import ImageSink, ImageSource
     from snapshotter.registry.transport import Transport
 
@@ -24,26 +25,33 @@ class Locations:
         transport: Transport,
         credentials: CredentialStore,
         *,
+        hosts: HostsTree | None = None,
         plain_http: bool | None = None,
     ) -> None:
-        """`plain_http` as for `endpoint_of`."""
+        """`hosts` knows the registries' mirrors; without it there are none. `plain_http` is about
+        the registries themselves, as for `endpoint_of`."""
         self._transport = transport
         self._credentials = credentials
+        self._hosts = hosts
         self._plain_http = plain_http
 
     def source(self, text: str) -> ImageSource:
         """The image to read. Raises InvalidReferenceError or UnsupportedError."""
         if text.startswith(PREFIX):
             return Layout.parse(text)
-        return Registry(self._session(text))
+        return Registry(self._repository(text))
 
     def sink(self, text: str) -> ImageSink:
         """The image to write. Raises as `source`."""
         if text.startswith(PREFIX):
             return Layout.parse(text)
-        return RegistrySink(self._session(text))
+        return RegistrySink(self._repository(text))
 
-    def _session(self, text: str) -> Session:
-        return Session(
-            Reference.parse(text), self._transport, self._credentials, plain_http=self._plain_http
+    def _repository(self, text: str) -> Repository:
+        return Repository(
+            Reference.parse(text),
+            self._transport,
+            self._credentials,
+            hosts=self._hosts,
+            plain_http=self._plain_http,
         )

@@ -1,5 +1,7 @@
 """An image in a registry, to be written: blob uploads, manifests, and making referrers findable.
 
+All of it goes to one host, the first that may be pushed to.
+
 Source: OCI distribution spec 1.1, "Push" and "Pushing Manifests with Subject". A blob of known
 digest goes in one PUT. One whose digest only its end tells goes in one streamed PATCH and an empty
 PUT, as docker and containers/image do it, which registries accept more widely than numbered chunks.
@@ -18,6 +20,7 @@ from snapshotter.registry.errors import (
     NotFoundError,
     ProtocolError,
 )
+from snapshotter.registry.host import Use
 from snapshotter.registry.manifest import Descriptor, Manifest, PlatformList
 from snapshotter.registry.retry import RetryPolicy, retry
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
     from snapshotter.registry.image import Body
+    from snapshotter.registry.mirrors import Repository
     from snapshotter.registry.session import Session
 
 _COMMIT_WITHIN = 600.0  # seconds; guess: a registry on an object store copies the blob before 201
@@ -34,20 +38,26 @@ _BLOB = "application/octet-stream"
 class RegistrySink:
     """One reference, to be pushed to. An `ImageSink`."""
 
-    def __init__(self, session: Session, *, policy: RetryPolicy | None = None) -> None:
-        self._session = session
+    def __init__(self, repository: Repository, *, policy: RetryPolicy | None = None) -> None:
+        self._repository = repository
         self._policy = policy or RetryPolicy()
+        self._chosen: Session | None = None
 
     @property
     def name(self) -> str:
-        return str(self._session.reference)
+        return str(self._repository.reference)
+
+    async def _session(self) -> Session:
+        if self._chosen is None:
+            self._chosen = await self._repository.only(Use.PUSH)
+        return self._chosen
 
     async def write_blob(self, descriptor: Descriptor, body: Body) -> None:
         if not await retry(lambda: self._has_blob(descriptor), self._policy):
             await retry(lambda: self._upload(descriptor, body), self._policy)
 
     async def add_blob(self, media_type: str, body: AsyncIterator[bytes]) -> Descriptor:
-        what = f"upload to {self._session.reference.name}"
+        what = f"upload to {self._repository.reference.name}"
         location = await retry(self._start_upload, self._policy)
         hasher = hashlib.sha256()
         size = 0
@@ -60,7 +70,7 @@ class RegistrySink:
                 yield piece
 
         headers = {"Content-Type": _BLOB, "Transfer-Encoding": "chunked"}
-        response = await self._session.open(
+        response = await (await self._session()).open(
             "PATCH", location, what=what, headers=headers, body=measured()
         )
         async with response:
@@ -72,7 +82,7 @@ class RegistrySink:
 
     async def write_manifest(self, manifest: Manifest | PlatformList, *, named: bool) -> Descriptor:
         descriptor = manifest.descriptor
-        reference = self._session.reference
+        reference = self._repository.reference
         if named and reference.digest not in (None, descriptor.digest):
             raise InvalidReferenceError(
                 f"cannot push {descriptor.digest} as {reference}", hint="leave the digest out"
@@ -86,9 +96,9 @@ class RegistrySink:
 
     async def _has_blob(self, descriptor: Descriptor) -> bool:
         """Redirects are not followed: signed for GET, they may refuse HEAD, and say enough."""
-        what = f"blob {self._session.reference.name}@{descriptor.digest}"
+        what = f"blob {self._repository.reference.name}@{descriptor.digest}"
         try:
-            response = await self._session.open(
+            response = await (await self._session()).open(
                 "HEAD", f"blobs/{descriptor.digest}", what=what, follow=False
             )
         except NotFoundError:
@@ -98,16 +108,16 @@ class RegistrySink:
 
     async def _start_upload(self) -> str:
         """The URL to upload a blob to."""
-        what = f"upload to {self._session.reference.name}"
-        response = await self._session.open("POST", "blobs/uploads/", what=what)
+        what = f"upload to {self._repository.reference.name}"
+        response = await (await self._session()).open("POST", "blobs/uploads/", what=what)
         async with response:
             _expect(response.status, 202, what)
             return _location(response.url, response.header("location"), what)
 
     async def _upload(self, descriptor: Descriptor, body: Body) -> None:
-        what = f"blob {self._session.reference.name}@{descriptor.digest}"
+        what = f"blob {self._repository.reference.name}@{descriptor.digest}"
         location = await self._start_upload()
-        response = await self._session.open(
+        response = await (await self._session()).open(
             "PUT",
             _with_digest(location, descriptor.digest),
             what=what,
@@ -119,7 +129,7 @@ class RegistrySink:
             _expect(response.status, 201, what)
 
     async def _commit(self, location: str, digest: str, what: str) -> None:
-        response = await self._session.open(
+        response = await (await self._session()).open(
             "PUT", _with_digest(location, digest), what=what, answer_within=_COMMIT_WITHIN
         )
         async with response:
@@ -127,8 +137,8 @@ class RegistrySink:
 
     async def _put(self, selector: str, manifest: Manifest | PlatformList) -> bool:
         """Write a manifest under a tag or its digest; whether the registry indexed its subject."""
-        what = f"manifest {self._session.reference.name}, {selector}"
-        response = await self._session.open(
+        what = f"manifest {self._repository.reference.name}, {selector}"
+        response = await (await self._session()).open(
             "PUT",
             f"manifests/{selector}",
             what=what,
@@ -141,7 +151,7 @@ class RegistrySink:
 
     async def _list_referrer(self, subject: Descriptor, referrer: Descriptor) -> None:
         """Add to the fallback tag's list. Two pushes at once may lose one: the spec has no lock."""
-        listed = await referrers.from_fallback_tag(self._session, subject.digest)
+        listed = await referrers.from_fallback_tag(await self._session(), subject.digest)
         updated = PlatformList.build(referrers.merged(listed, referrer))
         await self._put(referrers.fallback_tag(subject.digest), updated)
 

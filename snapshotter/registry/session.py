@@ -1,16 +1,17 @@
-"""Requests to one repository: authorised, redirected, and with failures as typed errors."""
+"""Requests to one repository on one host: authorised, redirected, and with failures as errors."""
 
 from __future__ import annotations
 
 from contextlib import aclosing
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import parse_qs, urlencode, urljoin, urlsplit
 
 import trio
 
 from snapshotter.registry import auth
-from snapshotter.registry.endpoint import endpoint_of, is_loopback
+from snapshotter.registry.endpoint import is_loopback
 from snapshotter.registry.errors import (
     ForbiddenError,
     ProtocolError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from snapshotter.registry.credentials import CredentialStore
     from snapshotter.registry.errors import RegistryError
+    from snapshotter.registry.host import Host
     from snapshotter.registry.reference import Reference
     from snapshotter.registry.transport import Response, Transport
 
@@ -31,23 +33,27 @@ _MAX_REDIRECTS = 5
 
 
 class Session:
-    """One repository of one registry, and the authorisation to use it.
+    """One repository as one host has it, and the authorisation to use it.
 
-    Authorization headers go to the registry's own scheme, host and port and nowhere else.
+    Authorization and the host's own headers go to its scheme, host and port and nowhere else.
     """
 
     def __init__(
         self,
         reference: Reference,
+        host: Host,
         transport: Transport,
         credentials: CredentialStore,
         *,
-        plain_http: bool | None = None,
+        hurried: bool = False,
     ) -> None:
-        """`plain_http` as for `endpoint_of`."""
+        """`hurried`: another host can stand in for this one, so do not wait for long."""
         self.reference = reference
-        self.endpoint = endpoint_of(reference.registry, plain_http=plain_http)
+        self.host = host
+        self.endpoint = host.endpoint
+        self.hurried = hurried
         self._transport = transport
+        self._deadlines = transport.deadlines.hurried() if hurried else transport.deadlines
         self._credentials = credentials
         self._challenge: auth.Challenge | None = None
         self._basic: str | None = None
@@ -72,7 +78,7 @@ class Session:
         expired, is answered with new ones, once; but a streamed body cannot be sent twice: then
         the error is transient. Raises RegistryErrors.
         """
-        url = urljoin(f"{self.endpoint.base}{self.reference.repository}/", target)
+        url = self._url(method, target)
         scope = self._scope(method)
         renewed = False
         for _ in range(_MAX_REDIRECTS + 2):  # one more for the renewal
@@ -102,15 +108,39 @@ class Session:
         headers: Mapping[str, str] | None,
         authorization: str | None,
         body: bytes | AsyncGenerator[bytes, None],
-        answer_within: float | None,
+        answer_within: float | None = None,
     ) -> Response:
-        sent = dict(headers or {})
+        """One exchange. With a host of another origin only `headers` and `body` are shared."""
+        sent = list((headers or {}).items())
         if authorization is not None:
-            sent["Authorization"] = authorization
+            sent.append(("Authorization", authorization))
+        host = self.host
+        ours = self._is_ours(url)
+        if ours:
+            names = {name.lower() for name, _ in sent}
+            sent += [pair for pair in host.headers if pair[0].lower() not in names]
+        tls = None
+        if host.tls is not None:
+            tls = host.tls.own if ours else host.tls.elsewhere
+        waits = self._deadlines
+        if answer_within is not None:
+            waits = replace(waits, answer=answer_within)
+        opened = self._transport.open(
+            method, url, sent, body, tls=tls, dial_timeout=host.dial_timeout, deadlines=waits
+        )
         if isinstance(body, bytes):
-            return await self._transport.open(method, url, sent, body, answer_within=answer_within)
+            return await opened
         async with aclosing(body):
-            return await self._transport.open(method, url, sent, body, answer_within=answer_within)
+            return await opened
+
+    def _url(self, method: str, target: str) -> str:
+        """The URL of `target`. What a mirror is asked for, it is told for which registry."""
+        url = urljoin(f"{self.endpoint.base}{self.reference.repository}/", target)
+        asks = url != target or (method in ("GET", "HEAD") and self._is_ours(url))
+        query = urlsplit(url).query
+        if not self.host.namespace or not asks or "ns" in parse_qs(query):
+            return url
+        return f"{url}{'&' if query else '?'}{urlencode({'ns': self.host.namespace})}"
 
     def _is_ours(self, url: str) -> bool:
         try:
@@ -153,7 +183,7 @@ class Session:
             self._challenge = challenge
             if challenge.scheme == "basic":
                 if self._basic == refused:
-                    credential = await self._credentials.lookup(self.reference.registry)
+                    credential = await self._credentials.lookup(self.host.account)
                     self._basic = None
                     if isinstance(credential, auth.Password):
                         self._basic = auth.basic(credential)
@@ -166,7 +196,7 @@ class Session:
 
     async def _new_token(self, challenge: auth.Challenge, scope: str) -> str:
         scopes = auth.scopes_of(challenge, scope)
-        credential = await self._credentials.lookup(self.reference.registry)
+        credential = await self._credentials.lookup(self.host.account)
         request = auth.token_request(challenge, credential, scopes)
         server = urlsplit(request.url)
         host = server.netloc
@@ -179,8 +209,8 @@ class Session:
                 f"{self.endpoint.host} wants credentials sent to {host} without TLS"
             )
         try:
-            response = await self._transport.open(
-                request.method, request.url, request.headers, request.body
+            response = await self._send(
+                request.method, request.url, request.headers, None, request.body
             )
             async with response:
                 if response.status >= 400:
@@ -188,10 +218,10 @@ class Session:
                 raw = await response.read(auth.MAX_TOKEN_ANSWER)
         except (UnauthorizedError, ForbiddenError) as error:
             raise UnauthorizedError(
-                f"{host} refuses the credentials for {self.reference.registry}"
+                f"{host} refuses the credentials for {self.host.account}"
                 if credential is not None
                 else f"{self.reference.name}: login required",
-                hint=f"docker login {self.reference.registry}",
+                hint=f"docker login {self.host.account}",
             ) from error
         token = auth.parse_token(raw or b"", now=trio.current_time(), host=host)
         self._tokens.put(challenge, scopes, token)

@@ -1,7 +1,8 @@
 """HTTP: one exchange at a time, streamed both ways, every wait with a deadline.
 
 The only module that knows which HTTP library there is. It follows no redirect, adds no
-credentials and judges no status; `session` does.
+credentials and judges no status; `session` does. Each way of speaking TLS has connections of its
+own: what was agreed with one client certificate, or without any check, serves no other request.
 
 Measured with this library on trio, 4 connections, plain HTTP on loopback: HTTP/2 costs 2.5 to 3
 times HTTP/1.1's CPU per byte, so it is off; network reads of 256 KiB instead of 64 KiB raise
@@ -11,10 +12,9 @@ times HTTP/1.1's CPU per byte, so it is off; network reads of 256 KiB instead of
 from __future__ import annotations
 
 import math
-import os
-import socket
 import ssl
 import sys
+from collections import OrderedDict
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,7 +24,10 @@ from urllib.parse import urlsplit
 import httpcore
 import trio
 
-from snapshotter.registry.errors import NetworkError, ProtocolError, TlsError
+from snapshotter.registry.deadlines import Deadlines
+from snapshotter.registry.errors import NetworkError, ProtocolError
+from snapshotter.registry.failures import network_error
+from snapshotter.registry.health import Health
 from snapshotter.registry.image import PIECE
 
 # httpx loads its own command line, and with it rich and pygments, if it can: 0.15 s of every start
@@ -33,29 +36,14 @@ sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
 import httpx  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
     from types import TracebackType
 
 _USER_AGENT = f"firstbyte/{version('firstbyte')}"
 
 _MAX_CONNECTIONS = 64  # guess: above what the fetch scheduler keeps in flight, below fd limits
+_MAX_POOLS = 16  # guess: more than a node has mirrors with certificates of their own
 _MAX_DISCARD = 64 << 10  # an error's or redirect's body: reading it saves the connection
-
-
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """How long to wait, in seconds, before an exchange counts as failed.
-
-    `connect`: for a free connection, and to connect with TLS. `answer`: for the status line, or
-    for room to send. `stall`: for body bytes in sum, beyond what `min_rate` (bytes/s) allows for
-    those that came: a server that drips a byte now and then does not hold us. Time the reader
-    takes to use the bytes does not count. All guesses on the patient side.
-    """
-
-    connect: float = 15
-    answer: float = 60
-    stall: float = 30
-    min_rate: float = 4096
 
 
 class _BigReadStream(httpcore.AsyncNetworkStream):
@@ -86,10 +74,11 @@ class _BigReadStream(httpcore.AsyncNetworkStream):
 
 
 class _BigReads(httpcore.AsyncNetworkBackend):
-    """The trio backend with `_BigReadStream`s."""
+    """The trio backend with `_BigReadStream`s. `dial_timeout` is for TCP alone, without TLS."""
 
-    def __init__(self) -> None:
+    def __init__(self, dial_timeout: float | None) -> None:
         self._backend = httpcore.TrioBackend()
+        self._dial_timeout = dial_timeout
 
     async def connect_tcp(
         self,
@@ -99,7 +88,9 @@ class _BigReads(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        stream = await self._backend.connect_tcp(host, port, timeout, local_address, socket_options)
+        stream = await self._backend.connect_tcp(
+            host, port, self._dial_timeout or timeout, local_address, socket_options
+        )
         return _BigReadStream(stream)
 
     async def sleep(self, seconds: float) -> None:
@@ -165,9 +156,10 @@ class _PoolTransport(httpx.AsyncBaseTransport):
 class Response:
     """A status, headers, and a body that is read as it comes. Close it: `async with`."""
 
-    def __init__(self, response: httpx.Response, deadlines: Deadlines) -> None:
+    def __init__(self, response: httpx.Response, deadlines: Deadlines, pool: _Pool) -> None:
         self._response = response
         self._deadlines = deadlines
+        self._pool: _Pool | None = pool
         self._body: AsyncIterator[bytes] | None = None
         self.status: int = response.status_code
         self.url = str(response.request.url)
@@ -240,34 +232,60 @@ class Response:
 
     async def aclose(self) -> None:
         """Give the connection back, or drop it if the body was not read to its end."""
-        with suppress(NetworkError), _errors_of(self.url):
-            await self._response.aclose()
-            if self._body is not None:
-                # Stopped half-way, the libraries' nested generators would be left to the garbage
-                # collector. On the closed connection they end at once.
-                async for _ in self._body:
-                    pass
+        try:
+            with suppress(NetworkError), _errors_of(self.url):
+                await self._response.aclose()
+                if self._body is not None:
+                    # Stopped half-way, the libraries' nested generators would be left to the
+                    # garbage collector. On the closed connection they end at once.
+                    async for _ in self._body:
+                        pass
+        finally:
+            pool, self._pool = self._pool, None
+            if pool is not None:
+                await pool.leave()
+
+
+_Route = tuple[ssl.SSLContext | None, float | None]  # None: the default context; dial timeout
+
+
+@dataclass(eq=False)
+class _Pool:
+    """Connections that are made in one way. `retired`: to be closed when nobody uses it."""
+
+    client: httpx.AsyncClient
+    users: int = 0
+    retired: bool = False
+
+    async def leave(self) -> None:
+        self.users -= 1
+        if self.retired and not self.users:
+            await self.client.aclose()
+
+    async def retire(self) -> None:
+        self.retired = True
+        if not self.users:
+            await self.client.aclose()
 
 
 class Transport:
-    """The connections of one process. Use `async with`, and start tasks that use it inside."""
+    """The connections of one process. Use `async with`, and start tasks that use it inside.
+
+    `health` remembers which servers failed lately, for those who can choose.
+    """
 
     def __init__(
         self, *, tls: ssl.SSLContext | None = None, deadlines: Deadlines | None = None
     ) -> None:
+        self.deadlines = deadlines or Deadlines()
+        self.health = Health()
         self._tls = tls
-        self._deadlines = deadlines or Deadlines()
-        self._client: httpx.AsyncClient | None = None
+        self._open = False
+        self._pools: OrderedDict[_Route, _Pool] = OrderedDict()  # the last one was used last
 
     async def __aenter__(self) -> Self:
-        pool = httpcore.AsyncConnectionPool(
-            ssl_context=self._tls or ssl.create_default_context(),
-            max_connections=_MAX_CONNECTIONS,
-            max_keepalive_connections=_MAX_CONNECTIONS,
-            keepalive_expiry=30,
-            network_backend=_BigReads(),
-        )
-        self._client = httpx.AsyncClient(transport=_PoolTransport(pool), trust_env=False)
+        self._tls = self._tls or ssl.create_default_context()
+        self._open = True
         return self
 
     async def __aexit__(
@@ -276,47 +294,85 @@ class Transport:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        self._open = False
+        while self._pools:
+            _, pool = self._pools.popitem()
+            await pool.client.aclose()
 
     async def open(
         self,
         method: str,
         url: str,
-        headers: Mapping[str, str],
+        headers: Iterable[tuple[str, str]],
         body: bytes | AsyncIterator[bytes] = b"",
         *,
-        answer_within: float | None = None,
+        tls: ssl.SSLContext | None = None,
+        dial_timeout: float | None = None,
+        deadlines: Deadlines | None = None,
     ) -> Response:
         """Send one request and return the response to it, whatever its status; close that.
 
-        A streamed body needs a Content-Length header, or `Transfer-Encoding: chunked`.
-        `answer_within` replaces `Deadlines.answer`. Raises NetworkError, TlsError, or ProtocolError
-        for a URL that leads nowhere.
+        A streamed body needs a Content-Length header, or `Transfer-Encoding: chunked`. `tls` and
+        `deadlines` replace the transport's own; `dial_timeout` limits connecting without TLS.
+        Raises NetworkError, TlsError, or ProtocolError for a URL that leads nowhere.
         """
-        assert self._client is not None, "Transport is used outside `async with`"
-        waits = self._deadlines
-        answer = answer_within or waits.answer
+        waits = deadlines or self.deadlines
         # A streamed body takes as long as it takes; each of its writes has a deadline.
-        whole = 2 * waits.connect + answer if isinstance(body, bytes) else math.inf
+        whole = math.inf
+        if isinstance(body, bytes):
+            whole = 2 * waits.connect + (dial_timeout or 0) + waits.answer
         timeout = httpx.Timeout(
-            connect=waits.connect, pool=waits.connect, write=answer, read=answer
+            connect=waits.connect, pool=waits.connect, write=waits.answer, read=waits.answer
         )
-        with _errors_of(url), trio.move_on_after(whole) as patience:
-            request = httpx.Request(
-                method,
-                url,
-                headers={"User-Agent": _USER_AGENT, "Accept-Encoding": "identity", **headers},
-                content=body if isinstance(body, bytes) else None,
-                extensions={"timeout": timeout.as_dict()},
-            )
-            if not isinstance(body, bytes):
-                request.stream = _RequestBody(body)
-            response = await self._client.send(request, stream=True)
-        if patience.cancelled_caught:
+        pool = await self._enter_pool((tls, dial_timeout))
+        response = None
+        try:
+            with _errors_of(url), trio.move_on_after(whole):
+                request = httpx.Request(
+                    method,
+                    url,
+                    headers=_with_defaults(headers),
+                    content=body if isinstance(body, bytes) else None,
+                    extensions={"timeout": timeout.as_dict()},
+                )
+                if not isinstance(body, bytes):
+                    request.stream = _RequestBody(body)
+                response = await pool.client.send(request, stream=True)
+        finally:
+            if response is None:
+                await pool.leave()
+        if response is None:
             raise NetworkError(f"{_host(url)} does not answer in time")
-        return Response(response, waits)
+        return Response(response, waits, pool)
+
+    async def _enter_pool(self, route: _Route) -> _Pool:
+        assert self._open, "Transport is used outside `async with`"
+        pool = self._pools.get(route)
+        if pool is None:
+            tls, dial_timeout = route
+            connections = httpcore.AsyncConnectionPool(
+                ssl_context=tls or self._tls,
+                max_connections=_MAX_CONNECTIONS,
+                max_keepalive_connections=_MAX_CONNECTIONS,
+                keepalive_expiry=30,
+                network_backend=_BigReads(dial_timeout),
+            )
+            client = httpx.AsyncClient(transport=_PoolTransport(connections), trust_env=False)
+            pool = self._pools[route] = _Pool(client)
+        pool.users += 1
+        self._pools.move_to_end(route)
+        if len(self._pools) > _MAX_POOLS:
+            _, oldest = self._pools.popitem(last=False)
+            await oldest.retire()
+        return pool
+
+
+def _with_defaults(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Headers, and what every request says unless they say otherwise."""
+    given = list(headers)
+    names = {name.lower() for name, _ in given}
+    defaults = (("User-Agent", _USER_AGENT), ("Accept-Encoding", "identity"))
+    return [pair for pair in defaults if pair[0].lower() not in names] + given
 
 
 @contextmanager
@@ -332,39 +388,7 @@ def _errors_of(url: str) -> Iterator[None]:
     except (httpcore.LocalProtocolError, httpx.LocalProtocolError) as error:
         raise ProtocolError(f"no valid request to {host} ({error})") from error
     except (httpx.TransportError, httpcore.NetworkError, httpcore.ProtocolError) as error:
-        raise _network_error(host, error) from error
-
-
-def _network_error(host: str, error: Exception) -> NetworkError:
-    """The cause is deep in a chain: the libraries wrap errors without their text."""
-    for cause in _causes(error):
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return TlsError(
-                f"the certificate of {host} is not valid ({cause.verify_message})",
-                hint="install its CA on this machine, or use --plain-http if it has no TLS",
-            )
-        if isinstance(cause, ssl.SSLError):
-            return TlsError(
-                f"no TLS with {host} ({cause.reason or cause})",
-                hint="if the registry speaks plain HTTP, use --plain-http",
-            )
-        if isinstance(cause, socket.gaierror):
-            return NetworkError(f"cannot find {host} ({cause.strerror})", hint="is the name right?")
-        if isinstance(cause, OSError) and cause.errno:
-            return NetworkError(
-                f"connection to {host} failed ({os.strerror(cause.errno)})",
-                hint="is the registry running, and reachable from here?",
-            )
-    return NetworkError(f"connection to {host} failed ({error or type(error).__name__})")
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """`error` and what caused it, the deepest first."""
-    nested = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
-    for cause in (*nested, error.__cause__, error.__context__):
-        if cause is not None:
-            yield from _causes(cause)
-    yield error
+        raise network_error(host, error) from error
 
 
 def _host(url: str) -> str:

@@ -30,7 +30,9 @@ class ImageRecord(msgspec.Struct, frozen=True):
 
     `manifest_digest` is in OCI's form (sha256:...) and is that of the bytes in `manifest`;
     `config` is the configuration blob as it came. `index_digest` is the file index's, 32 bytes.
-    `trust` says where that came from: `annotation`, `referrer` or `local`.
+    `trust` says where that came from: `annotation`, `referrer` or `local`. `content_keys` name the
+    layers in the store. `prefixes` are the digests of file indexes of its lower layers alone, by
+    their number.
     """
 
     reference: str
@@ -39,6 +41,13 @@ class ImageRecord(msgspec.Struct, frozen=True):
     config: bytes
     index_digest: bytes
     trust: str
+    content_keys: list[bytes] = []
+    prefixes: dict[int, bytes] = {}
+
+    @property
+    def all_indexes(self) -> set[bytes]:
+        """The digests of every file index that it names."""
+        return {self.index_digest, *self.prefixes.values()}
 
 
 class ImageStore:

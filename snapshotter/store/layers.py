@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import threading
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,16 @@ from snapshotter.store.errors import StoreError, StoreLockedError, store_error
 from snapshotter.store.layer import StoredLayer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
     from types import TracebackType
 
     from index.tables import LayerTable
 
 log = logging.getLogger(__name__)
+
+GONE_PREFIX = ".gone-"
+"""Starts the names of layers' directories that are being deleted."""
 
 
 class LayerStore:
@@ -59,6 +64,10 @@ class LayerStore:
                 f"{root} is in use by another process",
                 hint="stop the other firstbyte, or give this one a --root of its own",
             ) from error
+        try:
+            self._discard_gone()
+        except StoreError as error:
+            log.warning("%s", error)
 
     def open(self, table: LayerTable) -> StoredLayer:
         """The layer with this content; the same object for everybody who has it open.
@@ -74,6 +83,46 @@ class LayerStore:
             else:
                 layer.retain()
             return layer
+
+    def open_all(self, tables: Sequence[LayerTable]) -> list[StoredLayer]:
+        """`open` for all layers of an image, or for none. Raises StoreError."""
+        opened: list[StoredLayer] = []
+        try:
+            for table in tables:
+                opened.append(self.open(table))  # noqa: PERF401  (those before must be closed)
+        except BaseException:
+            for layer in opened:
+                layer.close()
+            raise
+        return opened
+
+    def usage_of(self, key: bytes) -> int:
+        """Bytes of disk that the layer with this content takes, open or not."""
+        try:
+            with os.scandir(self._directory / key.hex()) as files:
+                return sum(512 * file.stat().st_blocks for file in files)
+        except FileNotFoundError:
+            return 0
+
+    def remove(self, keys: Iterable[bytes]) -> None:
+        """Delete layers, by content key, but those that somebody has open.
+
+        Blocks for as long as the disk takes. Raises StoreError.
+        """
+        self.flush()  # closes the files of those that nobody has open
+        with self._lock:  # renamed within it, so that nobody opens one that is about to go
+            for key in keys:
+                directory = self._directory / key.hex()
+                if key not in self._layers and directory.exists():
+                    directory.rename(self._directory / f"{GONE_PREFIX}{directory.name}")
+        self._discard_gone()
+
+    def _discard_gone(self) -> None:
+        for directory in self._directory.glob(f"{GONE_PREFIX}*"):
+            try:
+                shutil.rmtree(directory)
+            except OSError as error:
+                raise store_error(error, directory, "cannot remove") from error
 
     def flush(self) -> None:
         """Make all that was written durable, then close the files of layers nobody has open.

@@ -52,9 +52,9 @@ def test_images_in_registries(tmp_path: Path, registry: RunningRegistry, here: I
         firstbyte("index", "verify", "--rebuild", f"{registry.host}/{name}")
     target = here.directory("tree")
     program = PROGRAMS[2].replace("localhost:5000/app:1", f"{registry.host}/app:1-zstd")
+    places = f"config.Config(root={str(here.root)!r}, state={str(here.state)!r})"
     for name, path in (
-        ("/var/lib/firstbyte", here.root),
-        ("/run/firstbyte", here.state),
+        ("config.load(None)", f"config.decode(config.encode({places}))"),
         ("/mnt/app", target),
     ):
         assert name in program

@@ -158,6 +158,7 @@ async def test_wrong_bytes_are_fetched_anew_once_and_never_served(
     lazy, source = node.mount(layer, bad)
     assert await lazy.read(5 * CHUNK_SIZE, 1000) == RAW[5 * CHUNK_SIZE :][:1000]
     assert len(source.requests) == 2
+    assert source.doubts == 1, "a mirror is not asked again for what it had wrong"
     assert f"sha256:{layer.table.digest.hex()}" in caplog.text
 
     lazy.close()

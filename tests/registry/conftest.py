@@ -9,11 +9,13 @@ import pytest
 
 from snapshotter.registry.client import Registry
 from snapshotter.registry.credentials import CredentialStore
+from snapshotter.registry.deadlines import Deadlines
+from snapshotter.registry.hosts_tree import HostsTree
+from snapshotter.registry.mirrors import Repository
 from snapshotter.registry.push import RegistrySink
 from snapshotter.registry.reference import Reference
 from snapshotter.registry.retry import RetryPolicy
-from snapshotter.registry.session import Session
-from snapshotter.registry.transport import Deadlines, Transport
+from snapshotter.registry.transport import Transport
 from tests.support.faults import FaultRegistry, fault_registry
 from tests.support.registry import RunningRegistry, docker_registry
 
@@ -61,18 +63,27 @@ def credentials(tmp_path: Path) -> CredentialStore:
 class Opener:
     """Makes sources and sinks for references, with quick retries."""
 
-    def __init__(self, transport: Transport, credentials: CredentialStore) -> None:
+    def __init__(
+        self, transport: Transport, credentials: CredentialStore, hosts: HostsTree | None = None
+    ) -> None:
         self._transport = transport
         self._credentials = credentials
+        self._hosts = hosts
 
-    def session(self, reference: str) -> Session:
-        return Session(Reference.parse(reference), self._transport, self._credentials)
+    def repository(self, reference: str, *, plain_http: bool | None = None) -> Repository:
+        return Repository(
+            Reference.parse(reference),
+            self._transport,
+            self._credentials,
+            hosts=self._hosts,
+            plain_http=plain_http,
+        )
 
     def source(self, reference: str, policy: RetryPolicy = QUICK) -> Registry:
-        return Registry(self.session(reference), policy=policy)
+        return Registry(self.repository(reference), policy=policy)
 
     def sink(self, reference: str) -> RegistrySink:
-        return RegistrySink(self.session(reference), policy=QUICK)
+        return RegistrySink(self.repository(reference), policy=QUICK)
 
 
 @pytest.fixture
@@ -85,3 +96,41 @@ def opener(transport: Transport, credentials: CredentialStore) -> Opener:
 def rng() -> random.Random:
     """Randomness that is the same in each run."""
     return random.Random(20)
+
+
+class CertsD:
+    """A tree of hosts.toml files, and images opened as it says."""
+
+    def __init__(self, root: Path, transport: Transport, credentials: CredentialStore) -> None:
+        self.root = root
+        self.opener = Opener(transport, credentials, HostsTree(root))
+
+    def directory(self, registry: str) -> Path:
+        """Where a registry's hosts are described."""
+        name, colon, port = registry.partition(":")
+        directory = self.root / (f"{name}_{port}_" if colon else name)
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def write(self, registry: str, text: str) -> Path:
+        """Write a registry's hosts.toml; its path."""
+        path = self.directory(registry) / "hosts.toml"
+        path.write_text(text)
+        return path
+
+    def mirror(self, registry: str, *hosts: str) -> None:
+        """Let `hosts`, spoken to over plain HTTP, be all there is said about a registry."""
+        self.write(registry, "".join(f'[host."http://{host}"]\n' for host in hosts))
+
+
+@pytest.fixture
+def certs_d(tmp_path: Path, transport: Transport, credentials: CredentialStore) -> CertsD:
+    """No registry has hosts of its own until a test writes them."""
+    return CertsD(tmp_path / "certs.d", transport, credentials)
+
+
+@pytest.fixture
+async def mirror() -> AsyncIterator[FaultRegistry]:
+    """A second registry, to be a mirror of the first."""
+    async with fault_registry() as registry:
+        yield registry

@@ -24,11 +24,11 @@ from snapshotter.registry.manifest import (
     PlatformFields,
     PlatformList,
 )
+from snapshotter.registry.mirrors import Repository
 from snapshotter.registry.platform import Platform
 from snapshotter.registry.push import RegistrySink
 from snapshotter.registry.reference import Reference
 from snapshotter.registry.retry import RetryPolicy
-from snapshotter.registry.session import Session
 from snapshotter.registry.transport import Transport
 from tests.support.images import digest, push, sample_image
 from tests.support.registry import PASSWORD, USERNAME, RunningRegistry, docker_registry
@@ -255,14 +255,14 @@ async def test_tls(tmp_path: Path, credentials: CredentialStore) -> None:
     with docker_registry(tmp_path / "registry", ca=ca) as registry:
         reference = Reference.parse(registry.reference("secure"))
         async with Transport(tls=trusting) as transport:
-            session = Session(reference, transport, credentials, plain_http=False)
-            await push(RegistrySink(session), sample)
-            resolved = await Registry(session).resolve(AMD64)
+            repository = Repository(reference, transport, credentials, plain_http=False)
+            await push(RegistrySink(repository), sample)
+            resolved = await Registry(repository).resolve(AMD64)
             assert resolved.manifest.raw == sample.manifest.raw
         async with Transport() as transport:
-            session = Session(reference, transport, credentials, plain_http=False)
+            repository = Repository(reference, transport, credentials, plain_http=False)
             with pytest.raises(TlsError, match=r"certificate of 127\.0\.0\.1:[0-9]+ is not valid"):
-                await Registry(session).resolve(AMD64)
+                await Registry(repository).resolve(AMD64)
 
 
 async def test_tls_towards_plain_http(
@@ -270,6 +270,6 @@ async def test_tls_towards_plain_http(
 ) -> None:
     """TLS with a registry that has none fails at once and suggests --plain-http."""
     reference = Reference.parse(real_registry.reference("x"))
-    session = Session(reference, transport, credentials, plain_http=False)
+    repository = Repository(reference, transport, credentials, plain_http=False)
     with pytest.raises(TlsError, match="--plain-http"):
-        await Registry(session, policy=RetryPolicy(attempts=1)).resolve(AMD64)
+        await Registry(repository, policy=RetryPolicy(attempts=1)).resolve(AMD64)

@@ -27,6 +27,7 @@ import h11
 import trio
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -90,6 +91,8 @@ class FaultRegistry:
     """The registry's content and behaviour; change it at any time."""
 
     host: str
+    root: str = "/v2"
+    """Where the API begins."""
     blobs: dict[str, bytes] = field(default_factory=dict)
     manifests: dict[tuple[str, str], tuple[str, bytes]] = field(default_factory=dict)
     requests: list[Recorded] = field(default_factory=list)
@@ -107,6 +110,8 @@ class FaultRegistry:
     """Not None: blobs need one of these signatures, and no Authorization is tolerated."""
     signed: list[str] = field(default_factory=list)
     """The signatures of the redirects so far; hand the list to the other host's `signatures`."""
+    connections: int = 0
+    most_connections: int = 0
     _tokens: dict[str, str] = field(default_factory=dict)
     _rules: list[_Rule] = field(default_factory=list)
     _uploads: dict[str, bytearray] = field(default_factory=dict)
@@ -169,7 +174,7 @@ class FaultRegistry:
             return self._issue(request, body)
         if (refusal := self._refusal(request)) is not None:
             return refusal
-        match = re.fullmatch(r"/v2/(.+)/(blobs|manifests|referrers)/(.+)", request.path)
+        match = re.fullmatch(rf"{self.root}/(.+)/(blobs|manifests|referrers)/(.+)", request.path)
         if match is None:
             return _Answer(404)
         repository, kind, name = match.groups()
@@ -189,7 +194,8 @@ class FaultRegistry:
             granted = self._tokens.get(token, "") if scheme == "Bearer" else ""
             if granted and (not push or "push" in granted):
                 return None
-            repository = re.sub(r"^/v2/|/(blobs|manifests|referrers)/.*", "", request.path)
+            path = request.path.removeprefix(f"{self.root}/")
+            repository = re.sub(r"/(blobs|manifests|referrers)/.*", "", path)
             scope = f"repository:{repository}:{'pull,push' if push else 'pull'}"
             challenge = f'Bearer realm="{self.token_realm}",service="test",scope="{scope}"'
             return _Answer(401, [("WWW-Authenticate", challenge)])
@@ -284,8 +290,8 @@ class FaultRegistry:
             return _Answer(404)
         self._uploads[name] += body
         if request.method != "PUT":
-            repository = request.path.removeprefix("/v2/").partition("/blobs/")[0]
-            return _Answer(202, [("Location", f"/v2/{repository}/blobs/uploads/{name}?state=1")])
+            repository = request.path.partition("/blobs/")[0]
+            return _Answer(202, [("Location", f"{repository}/blobs/uploads/{name}?state=1")])
         data = bytes(self._uploads.pop(name))
         if request.query.get("digest") != [f"sha256:{hashlib.sha256(data).hexdigest()}"]:
             return _Answer(400)
@@ -294,34 +300,42 @@ class FaultRegistry:
 
 
 @asynccontextmanager
-async def fault_registry() -> AsyncIterator[FaultRegistry]:
-    """Serve a registry on a free loopback port for as long as the block lasts."""
+async def fault_registry(tls: ssl.SSLContext | None = None) -> AsyncIterator[FaultRegistry]:
+    """Serve a registry on a free loopback port for as long as the block lasts, with TLS if given
+    a server's context."""
     async with trio.open_nursery() as nursery:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         port = listeners[0].socket.getsockname()[1]
         registry = FaultRegistry(f"127.0.0.1:{port}")
 
-        async def serve(stream: trio.SocketStream) -> None:
-            await _serve(registry, stream)
+        async def serve(stream: trio.abc.Stream) -> None:
+            if tls is not None:
+                stream = trio.SSLStream(stream, tls, server_side=True, https_compatible=True)
+            registry.connections += 1
+            registry.most_connections = max(registry.most_connections, registry.connections)
+            try:
+                await _serve(registry, stream)
+            finally:
+                registry.connections -= 1
 
         nursery.start_soon(trio.serve_listeners, serve, listeners)
         yield registry
         nursery.cancel_scope.cancel()
 
 
-async def _serve(registry: FaultRegistry, stream: trio.SocketStream) -> None:
+async def _serve(registry: FaultRegistry, stream: trio.abc.Stream) -> None:
     """One connection, until either side closes it."""
     connection = h11.Connection(h11.SERVER)
-    async with stream:
-        try:
+    try:
+        async with stream:
             while await _exchange(registry, stream, connection):
                 connection.start_next_cycle()
-        except (trio.BrokenResourceError, h11.RemoteProtocolError):
-            pass  # the client went away
+    except (trio.BrokenResourceError, h11.RemoteProtocolError):
+        pass  # the client went away, or did not like our certificate
 
 
 async def _exchange(
-    registry: FaultRegistry, stream: trio.SocketStream, connection: h11.Connection
+    registry: FaultRegistry, stream: trio.abc.Stream, connection: h11.Connection
 ) -> bool:
     """One request and its answer; whether the connection can go on."""
     event = await _next_event(stream, connection)
@@ -333,7 +347,10 @@ async def _exchange(
             return False
         body += part.data
     target = urlsplit(event.target.decode())
-    headers = {name.decode(): value.decode() for name, value in event.headers}
+    headers: dict[str, str] = {}
+    for name, value in event.headers:
+        before = headers.get(name.decode())
+        headers[name.decode()] = ", ".join(filter(None, (before, value.decode())))
     request = Recorded(event.method.decode(), target.path, parse_qs(target.query), headers)
     registry.requests.append(request)
     fault = registry.fault_for(request)
@@ -349,7 +366,7 @@ async def _exchange(
 
 
 async def _send(
-    stream: trio.SocketStream,
+    stream: trio.abc.Stream,
     connection: h11.Connection,
     request: Recorded,
     answer: _Answer,
@@ -381,7 +398,7 @@ async def _send(
 
 
 async def _next_event(
-    stream: trio.SocketStream, connection: h11.Connection
+    stream: trio.abc.Stream, connection: h11.Connection
 ) -> h11.Event | type[h11.ConnectionClosed] | None:
     while (event := connection.next_event()) is h11.NEED_DATA:
         if connection.they_are_waiting_for_100_continue:

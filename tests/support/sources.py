@@ -41,11 +41,16 @@ class MemorySource:
     """Seconds before each piece."""
     piece: int = PIECE
     requests: list[tuple[int, int]] = field(default_factory=list)
+    doubts: int = 0
+    """How often its bytes were said to be wrong."""
     served: int = 0
     open: int = 0
     most_open: int = 0
     gate: trio.Event | None = None
     """No request is answered before this is set."""
+
+    def doubt(self) -> None:
+        self.doubts += 1
 
     def window(self, point: int) -> bytes | None:
         return self.layer.windows.get(point)

@@ -1,0 +1,130 @@
+"""`firstbyte doctor`: what is wrong on this node, and how to mend it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import trio
+
+from index.errors import FirstByteError
+from snapshotter.cli.connection import json_option
+from snapshotter.daemon import client, config, protocol
+from snapshotter.daemon.places import Places
+from snapshotter.doctor.containerd import examine
+from snapshotter.doctor.facts import LocalFiles, collect
+from snapshotter.doctor.findings import any_problem
+from snapshotter.doctor.recommended import Expected
+
+if TYPE_CHECKING:
+    from snapshotter.doctor.findings import Finding
+    from snapshotter.doctor.running import Served
+
+_PATH = click.Path(path_type=Path, readable=False)
+_ANSWER_SECONDS = 15.0  # the daemon's status, when the machine is busy; a guess
+
+
+@click.group()
+def doctor() -> None:
+    """Look for what keeps images from being served lazily."""
+
+
+@doctor.command()
+@click.option(
+    "--config",
+    "containerd_config",
+    type=_PATH,
+    default=Path("/etc/containerd/config.toml"),
+    show_default=True,
+    help="containerd's configuration.",
+)
+@click.option("--address", type=_PATH, help="The daemon's socket [default: as configured].")
+@click.option(
+    "--containerd-address",
+    type=_PATH,
+    default=Path("/run/containerd/containerd.sock"),
+    show_default=True,
+    help="containerd's socket.",
+)
+@click.option("--root", type=_PATH, help="Where images' data is kept [default: as configured].")
+@click.option("--state", type=_PATH, help="Where sockets and mounts are [default: as configured].")
+@json_option
+def containerd(
+    containerd_config: Path,
+    address: Path | None,
+    containerd_address: Path,
+    root: Path | None,
+    state: Path | None,
+    as_json: bool,
+) -> None:
+    """Check that containerd uses FirstByte, and gets what it needs from it.
+
+    Says of every check how it stands, and what to do where something is wrong. The exit status is
+    1 if there is a problem; warnings and skipped checks are none.
+    """
+    own = config.load(None)
+    places = Places(_absolute(root or own.root), _absolute(state or own.state))
+    expected = Expected(
+        address=_absolute(address) if address else _socket(own, places),
+        root=places.root,
+        registry_config_path=own.registry.config_path,
+    )
+    facts = collect(expected, _absolute(containerd_address), _served(places))
+    findings = examine(facts, expected, _absolute(containerd_config), LocalFiles())
+    if as_json:
+        click.echo(json.dumps({"findings": [_fields(finding) for finding in findings]}))
+    else:
+        for finding in findings:
+            _show(finding)
+    sys.exit(1 if any_problem(findings) else 0)
+
+
+def _socket(own: config.Config, places: Places) -> Path:
+    """--state moves the socket, unless the configuration says where it is."""
+    return own.address or places.state / config.SOCKET_NAME
+
+
+def _served(places: Places) -> Served | str:
+    """The daemon's account of what it did for containerd, or why there is none."""
+
+    async def ask() -> protocol.Reply | None:
+        with trio.fail_after(_ANSWER_SECONDS):
+            return await client.ask(places, protocol.StatusRequest(), start=None)
+
+    if os.geteuid():
+        return "only root may ask the daemon"
+    try:
+        reply = trio.run(ask)
+    except trio.TooSlowError:
+        return f"the daemon does not answer within {_ANSWER_SECONDS:.0f} seconds"
+    except FirstByteError as error:
+        return str(error)
+    if reply is None:
+        return f"no daemon runs in {places.state}"
+    assert isinstance(reply, protocol.Status)
+    if reply.containerd is None:
+        return "the daemon does not serve containerd"
+    return reply.containerd
+
+
+def _show(finding: Finding) -> None:
+    click.echo(f"{finding.state.value}: {finding.check}: {finding.found}")
+    for line in finding.mend.splitlines():
+        click.echo(f"    {line}")
+
+
+def _fields(finding: Finding) -> dict[str, str]:
+    return {
+        "check": finding.check,
+        "state": finding.state.value,
+        "found": finding.found,
+        "mend": finding.mend,
+    }
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))

@@ -1,0 +1,114 @@
+"""The daemon as containerd's snapshotter: socket, snapshots and lazy images, put together."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import trio
+
+from snapshotter.containerd import server
+from snapshotter.containerd.counters import CallCounters
+from snapshotter.containerd.snapshotter import Snapshotter
+from snapshotter.daemon import protocol
+from snapshotter.daemon.lazies import LazySnapshots
+from snapshotter.daemon.places import Places
+from snapshotter.mounts.idmap import IdmapSupport, can_idmap
+from snapshotter.nursery import open_nursery
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from snapshotter.daemon.config import Config
+    from snapshotter.daemon.images import Images, OpenImage
+
+
+class Containerd:
+    """The snapshotter of this daemon, for those who ask how it is."""
+
+    def __init__(
+        self,
+        config: Config,
+        snapshotter: Snapshotter,
+        lazies: LazySnapshots,
+        counters: CallCounters,
+        idmapped: IdmapSupport,
+    ) -> None:
+        self._config = config
+        self._snapshotter = snapshotter
+        self._lazies = lazies
+        self._counters = counters
+        self._idmapped = idmapped
+
+    async def status(self) -> protocol.ContainerdStatus:
+        """What there is, and what could not be lazy and why."""
+        stats = await self._snapshotter.stats()
+        return protocol.ContainerdStatus(
+            address=str(self._config.socket),
+            lazy_layers=stats.lazy_layers,
+            ordinary_layers=stats.ordinary_layers,
+            containers=stats.containers,
+            views=stats.views,
+            without_labels=stats.fallbacks.get("no-labels", 0),
+            idmapped=self._idmapped.reason,
+            images=[_image(*shown) for shown in self._lazies.open_images()],
+            fallbacks=[
+                protocol.Fallback(
+                    reference=fallback.reference,
+                    image=fallback.image,
+                    kind=fallback.kind,
+                    reason=fallback.reason,
+                    count=fallback.layers,
+                    at_ns=fallback.latest_ns,
+                )
+                for fallback in await self._snapshotter.fallbacks()
+            ],
+            calls=[
+                protocol.Calls(
+                    method=call.method, code=call.code, count=call.count, seconds=call.seconds
+                )
+                for call in self._counters.snapshot()
+            ],
+        )
+
+
+@asynccontextmanager
+async def serve_containerd(config: Config, images: Images) -> AsyncIterator[Containerd]:
+    """Answer containerd on its socket for as long as the block runs. Raises FirstByteError.
+
+    What an earlier daemon has left half done is cleaned up first.
+    """
+    mount = Places(config.root, config.state).mount
+    lazies = LazySnapshots(images, config.images, mount)
+    snapshotter = await trio.to_thread.run_sync(Snapshotter, config.root, lazies)
+    counters = CallCounters()
+    try:
+        await snapshotter.recover()
+        idmapped = await trio.to_thread.run_sync(can_idmap, mount)
+        async with open_nursery() as nursery:
+            nursery.start_soon(lazies.open_all)
+            await nursery.start(
+                lambda task_status: server.serve(
+                    snapshotter, config.socket, counters=counters, task_status=task_status
+                )
+            )
+            yield Containerd(config, snapshotter, lazies, counters, idmapped)
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await lazies.close()
+            await trio.to_thread.run_sync(snapshotter.close)
+
+
+def _image(image: OpenImage, snapshots: int) -> protocol.ImageStatus:
+    state = "local" if image.local else "serving"
+    return protocol.ImageStatus(
+        reference=image.resolved.name,
+        digest=image.digest,
+        state="quarantined" if image.quarantined else state,
+        layers=len(image.layers),
+        snapshots=snapshots,
+        local_bytes=image.fill.done_bytes,
+        total_bytes=image.fill.total_bytes,
+        problem=image.fill.problem,
+    )
