@@ -1,10 +1,10 @@
 """The kernel's mount calls, with errors that say what to do.
 
 The `mount` program is not used: it needs loop devices for files, reads fstab, and its errors are
-text. mount(2) and umount2(2) are libc's; the calls for detached trees (open_tree(2) and its kin) go
-by number, because glibc has them only since 2.36. ctypes releases the GIL around every call, which
-matters because a mount operation on our own file system makes the kernel ask this very process
-(call these functions from worker threads).
+text. mount(2) and umount2(2) are libc's; the calls for trees that are mounted nowhere yet
+(open_tree(2), fsopen(2) and their kin) go by number, because glibc has them only since 2.36. ctypes
+releases the GIL around every call, which matters because a mount operation on our own file system
+makes the kernel ask this very process (call these functions from worker threads).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from snapshotter.mounts.errors import MountBusyError, MountError, MountPointError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -35,6 +36,9 @@ _libc.syscall.restype = ctypes.c_long
 # One number on x86_64, aarch64 and all others but alpha (asm-generic/unistd.h).
 _OPEN_TREE = 428  # Linux 5.2
 _MOVE_MOUNT = 429  # Linux 5.2
+_FSOPEN = 430  # Linux 5.2
+_FSCONFIG = 431  # Linux 5.2
+_FSMOUNT = 432  # Linux 5.2
 _MOUNT_SETATTR = 442  # Linux 5.12
 
 # fcntl.h
@@ -45,7 +49,18 @@ _AT_EMPTY_PATH = 0x1000
 _OPEN_TREE_CLONE = 1
 _OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 _MOVE_MOUNT_F_EMPTY_PATH = 4
+_FSOPEN_CLOEXEC = 1
+_FSCONFIG_SET_FLAG = 0
+_FSCONFIG_SET_STRING = 1
+_FSCONFIG_CMD_CREATE = 6
+_FSMOUNT_CLOEXEC = 1
+_MOUNT_ATTR_RDONLY = 1
 _MOUNT_ATTR_IDMAP = 0x0010_0000
+
+OPTION_MAX = 255
+"""Bytes that the value of an option of `new_tree` can have: fsconfig(2) takes 256 with the NUL."""
+
+_LOG_LINE = 4096  # more than the kernel puts into a line of a context's log
 
 # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
 _MOUNT_ATTR = struct.Struct("=QQQQ")
@@ -105,6 +120,34 @@ def clone_tree(source: Path) -> int:
     return _call("copy the mount of", source, _OPEN_TREE, _AT_FDCWD, os.fsencode(source), flags)
 
 
+def new_tree(kind: str, options: Iterable[tuple[str, str | Path]], *, read_only: bool) -> int:
+    """Make a file system of type `kind` that is mounted nowhere.
+
+    Unlike the options of `mount`, these may be many: each is handed over by itself, `source` among
+    them. A read-only file system's mount is read-only, too. Returns a descriptor (close-on-exec) as
+    `clone_tree` does. Raises MountError, in the kernel's own words where it gives some.
+    """
+    context = _syscall(_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC)
+    if context < 0:
+        raise _explain("make", kind, kind, ctypes.get_errno())
+    try:
+        for key, value in options:
+            option = (key.encode(), os.fsencode(value))
+            if _syscall(_FSCONFIG, context, _FSCONFIG_SET_STRING, *option, 0) < 0:
+                raise _refused(context, kind, f" with {key}={value}")
+        if read_only and _syscall(_FSCONFIG, context, _FSCONFIG_SET_FLAG, b"ro", None, 0) < 0:
+            raise _refused(context, kind, " read-only")
+        if _syscall(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0) < 0:
+            raise _refused(context, kind, "")
+        attributes = _MOUNT_ATTR_RDONLY if read_only else 0
+        tree = _syscall(_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
+        if tree < 0:
+            raise _refused(context, kind, "")
+        return tree
+    finally:
+        os.close(context)
+
+
 def set_idmap(tree: int, namespace: int, source: Path) -> None:
     """Show the owners of files in a detached tree as a user namespace maps them.
 
@@ -126,15 +169,45 @@ def attach(tree: int, target: Path) -> None:
 
 
 def _call(what: str, path: Path, number: int, *arguments: int | bytes) -> int:
-    """A system call by number; whole registers, because a variadic function is not told types."""
+    result = _syscall(number, *arguments)
+    if result < 0:
+        raise _explain(what, path, "", ctypes.get_errno())
+    return result
+
+
+def _syscall(number: int, *arguments: int | bytes | None) -> int:
+    """A system call by number; whole registers, because a variadic function is not told types.
+
+    Negative if it failed, and then ctypes has the errno.
+    """
     words = [
         ctypes.c_long(word) if isinstance(word, int) else ctypes.c_char_p(word)
         for word in arguments
     ]
     result: int = _libc.syscall(ctypes.c_long(number), *words)
-    if result < 0:
-        raise _explain(what, path, "", ctypes.get_errno())
     return result
+
+
+def _refused(context: int, kind: str, option: str) -> MountError:
+    """Why a context of fsopen(2) refused what the last call asked for."""
+    number = ctypes.get_errno()
+    if number == errno.EPERM:
+        return _explain("make", kind, kind, number)
+    said = _read_log(context) or os.strerror(number)
+    return MountError(f"the kernel makes no {kind}{option}: {said}", errno=number)
+
+
+def _read_log(context: int) -> str:
+    """The errors in a context's log, which has a line a read, each with its level: "e …"."""
+    lines = []
+    try:
+        while line := os.read(context, _LOG_LINE):
+            level, _, text = line.decode(errors="replace").strip().partition(" ")
+            if level == "e":
+                lines.append(text)
+    except OSError:  # ENODATA: that was all
+        pass
+    return "; ".join(lines)
 
 
 def _mount(what: str, source: str, target: Path, kind: str, flags: MountFlag, options: str) -> None:
@@ -143,7 +216,7 @@ def _mount(what: str, source: str, target: Path, kind: str, flags: MountFlag, op
         raise _explain(what, target, kind, ctypes.get_errno())
 
 
-def _explain(what: str, target: Path, kind: str, number: int) -> MountError:
+def _explain(what: str, target: Path | str, kind: str, number: int) -> MountError:
     if number in (errno.EPERM, errno.EACCES):
         return MountError(
             f"no permission to {what} {target}", hint="run this as root", errno=number
