@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LASTING = ("no-index", "policy", "unsupported")
-_REFUSAL_SECONDS = 60.0
-"""For how long it is remembered that an image cannot be lazy, so that its other layers need not
-find out again. Guessed: longer than a pull takes from one layer to the next, shorter than people
-wait after they have attached a file index. Failed fetches are not remembered."""
+_REMEMBERED = {"no-index": 60.0, "policy": 60.0, "unsupported": 60.0, "network": 15.0}
+"""For how many seconds it is remembered that an image cannot be lazy, by the kind of refusal, so
+that its other layers need not find out again. Guessed: longer than a pull takes from one layer to
+the next, shorter than people wait after they have attached a file index. A registry that does not
+answer is asked for some 5 s before it is given up, so each layer that takes containerd less than
+three times as long would be held up by that; what a registry says at once is not remembered."""
 
 _REOPEN_AT_ONCE = 4  # images that are opened side by side after a restart: it is mostly disk
 
@@ -157,8 +158,8 @@ class LazySnapshots:
                 return image.refusal
             image.refusal = await self._try_to_open(image, labels)
             if image.refusal is not None:
-                if image.refusal.kind in _LASTING:
-                    image.refused_until = trio.current_time() + _REFUSAL_SECONDS
+                remembered = _REMEMBERED.get(image.refusal.kind, 0.0)
+                image.refused_until = trio.current_time() + remembered
                 return image.refusal
         whole = image.whole
         assert whole is not None
