@@ -1,11 +1,18 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench clean
+.PHONY: help setup install uninstall demo test bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what the program needs; leaves it at .venv/bin/firstbyte
 	@scripts/setup program
+
+install: ## install for the whole machine, as root; PREFIX=/usr/local, DESTDIR= for packages
+	@scripts/setup program
+	@scripts/install
+
+uninstall: ## remove what make install has put there; data stays
+	@scripts/uninstall
 
 demo: ## start a container from an image that is not here yet; IMAGE=ref for one of your own
 	@scripts/setup program demo

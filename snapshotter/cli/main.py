@@ -14,6 +14,7 @@ from index.errors import FirstByteError
 # what only `firstbyte convert` uses.
 COMMANDS = {
     "bench": "snapshotter.cli.bench",
+    "config": "snapshotter.cli.config",
     "convert": "snapshotter.cli.convert",
     "daemon": "snapshotter.cli.mount",
     "demo": "snapshotter.cli.demo",

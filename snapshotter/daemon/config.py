@@ -1,54 +1,170 @@
-"""The daemon's configuration file, TOML: every key is optional, every unknown one is refused."""
+"""The daemon's configuration file, TOML: every key is optional, every unknown one is refused.
+
+The structs here are all there is to say about a key: docs/configuration.md and the example that is
+installed are made from them (scripts/make-config-reference).
+"""
 
 from __future__ import annotations
 
-import difflib
+import os
 import re
+import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
+from snapshotter.daemon.config_check import (
+    Problem,
+    Wrong,
+    described,
+    dotted,
+    first_problem,
+    in_toml,
+    line_of,
+    shorten,
+    syntax_problem,
+)
 from snapshotter.daemon.errors import ConfigError
+from snapshotter.daemon.places import Places
 
 DEFAULT_CONFIG = Path("/etc/firstbyte/config.toml")
 DEFAULT_ROOT = Path("/var/lib/firstbyte")
 DEFAULT_STATE = Path("/run/firstbyte")
 SOCKET_NAME = "firstbyte.sock"
 
-_UNKNOWN = re.compile(
-    r"Object contains unknown field `(?P<field>[^`]*)`(?: - at `\$\.?(?P<at>.*)`)?"
-)
+MAX_BYTES = 1 << 20
+"""Of a configuration file. One that is larger is something else."""
+
+# A unix socket's path has 107 bytes. Ours are made next to their place, which takes three bytes
+# more. In the state directory the longest is the control socket's.
+_ADDRESS_BYTES = 107 - 3
+_STATE_BYTES = 107 - len(Places(Path(), Path("/")).socket.as_posix())
+
+_REFERENCE = re.compile(r"[\w.:/@*?!\[\]-]+", re.ASCII)  # what references and patterns are made of
+_TAGGED = re.compile(r".+/[^/]*[:@][^/]+")
+
+
+def _short(limit: int) -> Wrong | None:
+    return Wrong(f"the path is too long for a socket: {limit} bytes at most")
+
+
+def _address_rule(path: Path) -> Wrong | None:
+    return _short(_ADDRESS_BYTES) if len(os.fsencode(path)) > _ADDRESS_BYTES else None
+
+
+def _state_rule(path: Path) -> Wrong | None:
+    return _short(_STATE_BYTES) if len(os.fsencode(path)) > _STATE_BYTES else None
+
+
+def _one_directory_rule(path: Path) -> Wrong | None:
+    if ":/" in str(path):
+        return Wrong("more than one directory is named", "the first one is what containerd heeds")
+    return None
+
+
+def _pattern_rule(pattern: str) -> Wrong | None:
+    """A pattern that no reference can match is a mistake."""
+    shown = in_toml(pattern)
+    if not pattern:
+        return Wrong("an empty pattern matches nothing")
+    if not _REFERENCE.fullmatch(pattern):
+        return Wrong(
+            f"no reference can match {shown}",
+            "patterns are as in a shell: *, ? and [...] stand for characters",
+        )
+    if pattern.count("[") != pattern.count("]"):
+        return Wrong(f"{shown} has a bracket without its partner")
+    if not re.search(r"[*?\[]", pattern) and not _TAGGED.fullmatch(pattern):
+        full = pattern if "/" in pattern else f"docker.io/library/{pattern}"
+        full = full if ":" in full.rpartition("/")[2] else f"{full}:*"
+        return Wrong(f"{shown} is not a whole reference", f"did you mean {in_toml(full)}?")
+    return None
 
 
 class RegistryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How registries are reached. `config_path` is a tree of hosts.toml files, as containerd's."""
+    """How registries are reached."""
 
-    config_path: Path = Path("/etc/containerd/certs.d")
+    config_path: Annotated[
+        Path,
+        described(
+            "A tree of `hosts.toml` files with mirrors, certificates and headers of registries, "
+            "in containerd's format. Name the directory that containerd has. It need not exist.",
+            _one_directory_rule,
+        ),
+    ] = Path("/etc/containerd/certs.d")
 
 
 class ImagesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which images are served lazily.
+    """Which images containerd gets lazily. The others it pulls the ordinary way."""
 
-    `trust` lists whose file indexes are used: one that the image itself pins (`annotation`), one
-    that is attached to it in the registry (`referrer`). With `build` the node builds one where
-    there is none, by reading all of the image once; else containerd pulls such an image. `never`
-    are patterns (fnmatch) of references that containerd always pulls.
-    """
+    trust: Annotated[
+        tuple[Literal["annotation", "referrer"], ...],
+        described(
+            'Whose file indexes are used: `"annotation"` is one that the image itself names, by '
+            'digest; `"referrer"` is one that was attached to the image in its registry, by '
+            "whoever may push there. Indexes that this node has built are used in any case."
+        ),
+    ] = ("annotation", "referrer")
+    build: Annotated[
+        bool,
+        described(
+            "What to do with an image that has no file index: `true` reads all of it once and "
+            "builds one on this node, `false` leaves it to containerd."
+        ),
+    ] = True
+    never: Annotated[
+        tuple[Annotated[str, described("", _pattern_rule)], ...],
+        described(
+            "Patterns of references that are never lazy, as in a shell: `*` stands for anything, "
+            "slashes included. They are compared with whole references as containerd has them, "
+            'such as `"docker.io/library/postgres:*"` or `"registry.example/legacy/*"`.'
+        ),
+    ] = ()
 
-    trust: tuple[Literal["annotation", "referrer"], ...] = ("annotation", "referrer")
-    build: bool = True
-    never: tuple[str, ...] = ()
+
+class MountsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the tree of a lazy image comes into the kernel."""
+
+    mode: Annotated[
+        Literal["auto", "erofs", "fuse"],
+        described(
+            '`"fuse"`: the daemon answers for every file and directory. `"erofs"`: the kernel '
+            "reads the tree itself and asks the daemon for data alone, and for nothing once the "
+            'image is fully local; needs Linux 6.12. `"auto"`: the best that works here.'
+        ),
+    ] = "auto"
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All of it. `address` None is a socket in the state directory."""
+    """Where things are on the node."""
 
-    root: Path = DEFAULT_ROOT
-    state: Path = DEFAULT_STATE
-    address: Path | None = None
+    root: Annotated[
+        Path,
+        described(
+            "Images' data, snapshots and what containers write. Needs room, and ext4 or xfs below "
+            "it. Made if it does not exist."
+        ),
+    ] = DEFAULT_ROOT
+    state: Annotated[
+        Path,
+        described(
+            "Sockets, mounts, locks: what a reboot may forget. Made if it does not exist.",
+            _state_rule,
+        ),
+    ] = DEFAULT_STATE
+    address: Annotated[
+        Path | None,
+        described(
+            "The socket for containerd, the same as in containerd's configuration. Its directory "
+            f"must exist, unless that is `state`. Without this key it is `{SOCKET_NAME}` in "
+            "`state`.",
+            _address_rule,
+        ),
+    ] = None
     registry: RegistryConfig = RegistryConfig()
     images: ImagesConfig = ImagesConfig()
+    mounts: MountsConfig = MountsConfig()
 
     @property
     def socket(self) -> Path:
@@ -61,27 +177,47 @@ def load(path: Path | None) -> Config:
 
     Raises ConfigError.
     """
+    name = path or DEFAULT_CONFIG
     try:
-        text = (path or DEFAULT_CONFIG).read_bytes()
+        with name.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         if path is None:
             return Config()
         raise ConfigError(f"{path} does not exist") from error
     except OSError as error:
-        raise ConfigError(f"cannot read {path or DEFAULT_CONFIG}: {error.strerror}") from error
-    return parse(text, str(path or DEFAULT_CONFIG))
+        raise ConfigError(f"cannot read {name}: {error.strerror}") from error
+    return parse(text, str(name))
 
 
 def parse(text: bytes, name: str) -> Config:
     """Read a configuration; `name` is what errors call it. Raises ConfigError."""
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"{name} is no configuration: it has more than {MAX_BYTES >> 20} MiB")
     try:
-        config = msgspec.toml.decode(text, type=Config, dec_hook=_decode_path)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{name}: {_explain(text, str(error))}") from error
-    for key, path in (("root", config.root), ("state", config.state), ("address", config.address)):
-        if path is not None and not path.is_absolute():
-            raise ConfigError(f"{name}: {key} is not an absolute path: {path}")
-    return config
+        document = text.decode()
+        data = tomllib.loads(document)
+    except UnicodeDecodeError as error:
+        before = text.count(b"\n", 0, error.start)
+        raise ConfigError(f"{name}, line {before + 1}: not UTF-8") from error
+    except RecursionError as error:
+        raise ConfigError(f"{name}: lists and tables are nested too deep") from error
+    except ValueError as error:  # tomllib's own, and Python's for numbers of a thousand digits
+        place, wrong = syntax_problem(error)
+        where = f"{name}, {place}" if place else name
+        raise ConfigError(f"{where}: {wrong.words}", hint=wrong.hint) from error
+    problem = first_problem(data, Config)
+    if problem is None:
+        config = msgspec.convert(data, Config, dec_hook=_decode_path)
+        problem = _clash(config)
+        if problem is None:
+            return config
+    line = line_of(document, problem.place)
+    where = f"{name}, line {line}" if line else name
+    raise ConfigError(
+        f"{where}: {shorten(dotted(problem.place))}: {problem.wrong.words}",
+        hint=problem.wrong.hint,
+    )
 
 
 def encode(config: Config) -> str:
@@ -100,30 +236,11 @@ def _decode_path(kind: type, value: object) -> Path:
     return Path(value)
 
 
-def _explain(text: bytes, problem: str) -> str:
-    """msgspec's words, with the line of an unknown key and the key that may have been meant."""
-    match = _UNKNOWN.search(problem)
-    if not match:
-        words, _, place = problem.partition(" - at `$.")
-        return f"{place.rstrip('`')}: {words}" if place else problem
-    field, section = match["field"], match["at"] or ""
-    kind = {"": Config, "registry": RegistryConfig, "images": ImagesConfig}.get(section, Config)
-    near = difflib.get_close_matches(field, kind.__struct_fields__, n=1)
-    key = f"{section}.{field}" if section else field
-    words = f"unknown key {key!r}"
-    if line := _line_of(text.decode(errors="replace"), section, field):
-        words = f"line {line}: {words}"
-    return f"{words}; did you mean {near[0]!r}?" if near else words
-
-
-def _line_of(text: str, section: str, field: str) -> int | None:
-    """Where a key or a table of that name is; None if it is written in an unusual way."""
-    current = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if table := re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line):
-            current = table[1]
-            if not section and current.split(".")[0].strip("\"' ") == field:
-                return number
-        elif current == section and re.match(rf"""\s*["']?{re.escape(field)}["']?\s*[=.]""", line):
-            return number
+def _clash(config: Config) -> Problem | None:
+    """What is wrong with keys that are right by themselves."""
+    if config.root == config.state:
+        key = "state" if config.state != DEFAULT_STATE else "root"
+        return Problem((key,), Wrong("root and state are the same directory"))
+    if config.address == Places(config.root, config.state).socket:
+        return Problem(("address",), Wrong("this is where the daemon's own commands connect"))
     return None
