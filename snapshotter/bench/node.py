@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -70,7 +71,7 @@ def running_node(base: Path) -> Iterator[Node]:
             time.sleep(_POLL_SECONDS)
         yield node
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # which takes everything down
         try:
             process.wait(_END_SECONDS)
         finally:

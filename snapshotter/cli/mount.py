@@ -24,9 +24,9 @@ from snapshotter.cli.connection import (
 from snapshotter.daemon import client, protocol
 from snapshotter.daemon.config import DEFAULT_ROOT, DEFAULT_STATE, SOCKET_NAME, Config
 from snapshotter.daemon.errors import DaemonError
+from snapshotter.daemon.leftovers import is_ours
 from snapshotter.daemon.logs import log_to_stderr
 from snapshotter.daemon.places import Places
-from snapshotter.mounts.syscalls import unmount
 from snapshotter.mounts.table import mount_at
 from snapshotter.registry.layout import PREFIX
 
@@ -62,6 +62,14 @@ def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Use this file index [default: the image's own, else one is built here].",
 )
+@click.option(
+    "--mode",
+    type=click.Choice(["auto", "native", "erofs", "fuse"]),
+    default="auto",
+    show_default=True,
+    help="native: the kernel on local files, when all of it is local; erofs: the kernel on data "
+    "that the daemon serves; fuse: the daemon.",
+)
 @click.option("--wait-local", is_flag=True, help="Return when all of the image is on this node.")
 @places_options
 @platform_option
@@ -71,6 +79,7 @@ def mount(
     reference: str,
     directory: Path,
     index_file: Path | None,
+    mode: str,
     wait_local: bool,
     root: Path | None,
     state: Path | None,
@@ -92,6 +101,7 @@ def mount(
         plain_http=plain_http,
         index=_absolute(index_file) if index_file else "",
         wait_local=wait_local,
+        mode=mode,
     )
     with progress.show(quiet=as_json) as shown:
         reply = trio.run(
@@ -123,11 +133,18 @@ def umount(directory: Path, root: Path | None, state: Path | None) -> None:
     target = _absolute(directory)
 
     async def run() -> None:
-        reply = await client.ask(places, protocol.UmountRequest(target), start=None)
-        assert reply is None or isinstance(reply, protocol.Unmounted)
+        request = protocol.UmountRequest(target)
+        reply = await client.ask(places, request, start=None)
         if reply is None:
-            _detach_dead(places, Path(target))
-        elif reply.ending:
+            _require_ours(places, Path(target))
+            try:
+                reply = await client.ask(places, request, start=_chosen(root, state))
+            except DaemonError:
+                if mount_at(Path(target)) is not None:
+                    raise
+                return  # the daemon that was started found it dead, and took it down
+        assert isinstance(reply, protocol.Unmounted)
+        if reply.ending:
             await client.wait_ended(places)
 
     trio.run(run)
@@ -167,32 +184,46 @@ def status(root: Path | None, state: Path | None, as_json: bool) -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     help=f"Where containerd finds the snapshotter [default: as configured, STATE/{SOCKET_NAME}].",
 )
+@click.option("--replace", is_flag=True, help="Take over from a daemon that runs.")
+@click.option("--stop", is_flag=True, help="End the daemon that runs, and unmount everything.")
 @places_options
-def daemon(address: Path | None, root: Path | None, state: Path | None) -> None:
+def daemon(
+    address: Path | None, replace: bool, stop: bool, root: Path | None, state: Path | None
+) -> None:
     """Run the daemon of a node in the foreground: containerd's snapshotter, and images on
-    directories. It ends with SIGTERM or SIGINT, and unmounts everything then.
+    directories.
 
-    `firstbyte mount` starts one by itself where none runs; that one does not serve containerd.
+    With SIGINT it ends and unmounts everything. With SIGTERM, and if it dies, mounts stay: what is
+    read waits for the next daemon, which goes on. `firstbyte mount` starts a daemon by itself where
+    none runs; that one does not serve containerd.
     """
     from snapshotter.daemon import process  # what the other commands leave to the daemon
 
     _require_root()
     log_to_stderr()
     chosen = _chosen(root, state)
+    if stop:
+        trio.run(_stop, Places(chosen.root, chosen.state))
+        return
     if address is not None:
         chosen = msgspec.structs.replace(chosen, address=Path(_absolute(address)))
-    trio.run(partial(process.run, chosen, stay=True, ready=lambda: None))
+    trio.run(partial(process.run, chosen, stay=True, ready=lambda: None, replace=replace))
 
 
-def _detach_dead(places: Places, target: Path) -> None:
-    """No daemon runs, so what is mounted there can only be what a killed one has left."""
+async def _stop(places: Places) -> None:
+    """Have everything taken down, by a daemon that is started for that if none runs."""
+    await client.ask(places, protocol.StopRequest(), start=configuration())
+    await client.wait_ended(places)
+
+
+def _require_ours(places: Places, target: Path) -> None:
+    """No daemon runs. Is it for a new one to take this mount down?"""
     entry = mount_at(target)
-    if entry is None or entry.source != os.fsencode(places.mount):
+    if entry is None or not is_ours(entry, places):
         raise DaemonError(
             f"no image is mounted at {target}: no daemon runs in {places.state}",
             hint="was it mounted with another --state?",
         )
-    unmount(target, detach=True)
 
 
 class _Bars:
@@ -219,7 +250,7 @@ def _print_containerd(status: protocol.ContainerdStatus) -> None:
     for fallback in status.fallbacks:
         when = datetime.fromtimestamp(fallback.at_ns // 10**9).astimezone()
         click.echo(
-            f"not lazy: {fallback.reference}: {fallback.reason} "
+            f"not lazy: {fallback.reference or 'an image without labels'}: {fallback.reason} "
             f"({fallback.kind}, {fallback.count} times, last at {when:%Y-%m-%d %H:%M:%S})"
         )
 
@@ -227,10 +258,14 @@ def _print_containerd(status: protocol.ContainerdStatus) -> None:
 def _progress_of(shown: protocol.MountStatus | protocol.ImageStatus) -> str:
     share = 100 * shown.local_bytes // shown.total_bytes if shown.total_bytes else 100
     line = (
-        f"{shown.state} (fuse), {progress.mb(shown.local_bytes)} of "
+        f"{shown.state} ({_mode_of(shown)}), {progress.mb(shown.local_bytes)} of "
         f"{progress.mb(shown.total_bytes)} ({share} %) on this node"
     )
     return f"{line}; {shown.problem}" if shown.problem else line
+
+
+def _mode_of(shown: protocol.MountStatus | protocol.ImageStatus) -> str:
+    return f"{shown.mode}: {shown.why}" if shown.why else shown.mode
 
 
 def _require_root() -> None:

@@ -11,6 +11,7 @@ from snapshotter.containerd import server
 from snapshotter.containerd.counters import CallCounters
 from snapshotter.containerd.snapshotter import Snapshotter
 from snapshotter.daemon import protocol
+from snapshotter.daemon.door import keep_door
 from snapshotter.daemon.lazies import LazySnapshots
 from snapshotter.daemon.places import Places
 from snapshotter.mounts.idmap import IdmapSupport, can_idmap
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from snapshotter.daemon.config import Config
-    from snapshotter.daemon.images import Images, OpenImage
+    from snapshotter.daemon.handover import Inheritance
+    from snapshotter.daemon.images import Images
+    from snapshotter.daemon.open_image import OpenImage
+    from snapshotter.daemon.process import Stop
 
 
 class Containerd:
@@ -73,31 +77,49 @@ class Containerd:
 
 
 @asynccontextmanager
-async def serve_containerd(config: Config, images: Images) -> AsyncIterator[Containerd]:
+async def serve_containerd(
+    config: Config, images: Images, inheritance: Inheritance, stop: Stop
+) -> AsyncIterator[Containerd]:
     """Answer containerd on its socket for as long as the block runs. Raises FirstByteError.
 
-    What an earlier daemon has left half done is cleaned up first.
+    What an earlier daemon has left half done is cleaned up first. At the end `stop` says whether
+    socket and images stay for a successor.
     """
-    mount = Places(config.root, config.state).mount
-    lazies = LazySnapshots(images, config.images, mount)
+    places = Places(config.root, config.state)
+    lazies = LazySnapshots(images, config.images)
     snapshotter = await trio.to_thread.run_sync(Snapshotter, config.root, lazies)
     counters = CallCounters()
     try:
         await snapshotter.recover()
-        idmapped = await trio.to_thread.run_sync(can_idmap, mount)
-        async with open_nursery() as nursery:
-            nursery.start_soon(lazies.open_all)
-            await nursery.start(
-                lambda task_status: server.serve(
-                    snapshotter, config.socket, counters=counters, task_status=task_status
+        idmapped = await trio.to_thread.run_sync(can_idmap, places.mount)
+        listener = await trio.to_thread.run_sync(inheritance.containerd_listener, config.socket)
+        try:
+            async with open_nursery() as nursery:
+                nursery.start_soon(_open_images, lazies, images)
+                await nursery.start(
+                    lambda task_status: server.serve(
+                        snapshotter, places.grpc, counters=counters, task_status=task_status
+                    )
                 )
-            )
-            yield Containerd(config, snapshotter, lazies, counters, idmapped)
-            nursery.cancel_scope.cancel()
+                nursery.start_soon(keep_door, listener, places.grpc)
+                yield Containerd(config, snapshotter, lazies, counters, idmapped)
+                nursery.cancel_scope.cancel()
+        finally:
+            if stop.leaves:
+                listener.socket.close()
+            else:
+                inheritance.close_containerd_listener(listener, config.socket)
     finally:
         with trio.CancelScope(shield=True):
-            await lazies.close()
+            if not stop.leaves:
+                await lazies.close()
             await trio.to_thread.run_sync(snapshotter.close)
+
+
+async def _open_images(lazies: LazySnapshots, images: Images) -> None:
+    """Open what there are snapshots of; what else a predecessor had open is of no use."""
+    await lazies.open_all()
+    await images.close_unused()
 
 
 def _image(image: OpenImage, snapshots: int) -> protocol.ImageStatus:
@@ -108,6 +130,8 @@ def _image(image: OpenImage, snapshots: int) -> protocol.ImageStatus:
         state="quarantined" if image.quarantined else state,
         layers=len(image.layers),
         snapshots=snapshots,
+        mode=image.shown.mode.value,
+        why=image.shown.why,
         local_bytes=image.fill.done_bytes,
         total_bytes=image.fill.total_bytes,
         problem=image.fill.problem,

@@ -14,27 +14,30 @@ from weakref import WeakValueDictionary
 
 import trio
 
-from index.errors import FirstByteError, IntegrityError, about
-from snapshotter.daemon.errors import NoIndexError
+from index.errors import FirstByteError, about
+from snapshotter.daemon.completion import Completion
+from snapshotter.daemon.errors import DaemonError, NoIndexError
 from snapshotter.daemon.knowledge import Knowledge
+from snapshotter.daemon.open_image import OpenImage
 from snapshotter.daemon.protocol import Progress
+from snapshotter.daemon.records import ViewRecord
+from snapshotter.daemon.showing import Showing
 from snapshotter.daemon.spool import Spool
 from snapshotter.fetch.fill import ImageFill
 from snapshotter.fetch.layer import LazyLayer
 from snapshotter.fetch.source import ImageLayerSource
-from snapshotter.fuse import session
-from snapshotter.fuse.view import View
 from snapshotter.images.discovery import FoundIndex, Trust, accept, find_index
 from snapshotter.images.indexing import build_index
 from snapshotter.images.prefix import build_prefix
-from snapshotter.images.proof import prove_tree
 from snapshotter.registry.platform import Platform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from pathlib import Path
 
+    from snapshotter.daemon.places import Places
     from snapshotter.daemon.records import Records
+    from snapshotter.daemon.showing import Mode
     from snapshotter.fetch.scheduler import Scheduler
     from snapshotter.fetch.stats import FetchStats
     from snapshotter.fuse.view import Views
@@ -44,57 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LOWER = b".lower"  # ends the names of views that show only the lower layers of an image
-
-
-class OpenImage:
-    """An image, or the lower layers of one, shown in the FUSE mount. Made and closed by `Images`.
-
-    `manifests` are those that it is the image of, by digest: they may differ in anything but their
-    layers. `settled` is set when the background fill has ended: all of the image is here, or it is
-    in quarantine, or it was closed.
-    """
-
-    def __init__(
-        self,
-        resolved: ResolvedImage,
-        source: ImageSource,
-        found: FoundIndex,
-        view: View,
-        layers: list[LazyLayer],
-        fill: ImageFill,
-    ) -> None:
-        self.manifests = {resolved.descriptor.digest: resolved}
-        self.source = source
-        self.found = found
-        self.view = view
-        self.layers = layers
-        self.fill = fill
-        self.users = 1
-        self.settled = trio.Event()
-        self.scope = trio.CancelScope()
-
-        self.local = False
-        """Whether every chunk is here, and layers and tree are proven to be the image's."""
-
-    @property
-    def resolved(self) -> ResolvedImage:
-        """The first of `manifests`."""
-        return next(iter(self.manifests.values()))
-
-    @property
-    def digest(self) -> str:
-        return self.resolved.descriptor.digest
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether these are all layers of the image."""
-        return len(self.layers) == len(self.resolved.manifest.layers)
-
-    @property
-    def quarantined(self) -> bool:
-        """Whether the image turned out not to be what its file index says."""
-        return self.view.refusal is not None
+_LOWER = ".lower"  # ends the names of views that show only the lower layers of an image
 
 
 class Images:
@@ -102,7 +55,7 @@ class Images:
 
     def __init__(
         self,
-        root: Path,
+        places: Places,
         views: Views,
         records: Records,
         store: LayerStore,
@@ -111,19 +64,23 @@ class Images:
         nursery: trio.Nursery,
         *,
         trusted: Collection[Trust],
+        mode: Mode | None,
     ) -> None:
         """`locate` opens registries, given `plain_http`. Indexes are believed if they come in one
-        of the `trusted` ways. Background work runs in `nursery`. Raises StoreError.
+        of the `trusted` ways. `mode` is how images are shown to who does not say; None is the best
+        there is. Background work runs in `nursery`. Raises StoreError.
         """
-        self._root = root
-        self._views = views
+        self._root = places.root
         self._records = records
         self._store = store
         self._scheduler = scheduler
         self._locate = locate
         self._nursery = nursery
         self._trusted = trusted
-        self._knowledge = Knowledge(root)
+        self._mode = mode
+        self._knowledge = Knowledge(places.root)
+        self._showing = Showing(places, views, records, write_tree=self._knowledge.tree_of)
+        self._completion = Completion(self._knowledge, self._showing)
         self._open: dict[tuple[bytes, bool], OpenImage] = {}  # index digest, whether all layers
         self._opening: WeakValueDictionary[object, trio.Lock] = WeakValueDictionary()
 
@@ -167,27 +124,97 @@ class Images:
                     found = await self._knowledge.index_of(resolved) or await self._find(
                         source, resolved, spool, report, may_build=may_build
                     )
-                return await self._share(resolved, source, found, spool)
+                return await self._share(resolved, source, found, spool, plain_http=plain_http)
             except BaseException:
                 spool.close()
                 raise
 
-    async def acquire_lower(self, image: OpenImage, depth: int) -> OpenImage:
-        """Open the lower `depth` layers of an open image, merged; `release` it once.
+    async def acquire_lower(self, digest: str, depth: int) -> OpenImage:
+        """Open the lower `depth` layers of an image that this node has had, merged; `release` it
+        once. The image itself need not be open, and is not downloaded for it.
 
-        The first time on this node their headers are read, which may mean fetching them. Raises
-        FirstByteError.
+        The first time on this node the layers' headers are read, which may mean fetching them.
+        Raises FirstByteError.
         """
-        if depth == len(image.layers):
+        async with self._one_at_a_time((digest, depth)):
+            if await self._knowledge.recall(digest, depth) is None:
+                await self._build_lower(digest, depth)
+            return await self._reopen(digest, depth, plain_http=False, fill=True)
+
+    async def _build_lower(self, digest: str, depth: int) -> None:
+        image = self.having(digest)
+        if image is None:
+            image = await self._reopen(digest, None, plain_http=False, fill=False)
+        else:
             image.users += 1
-            return image
-        async with self._one_at_a_time((image.digest, depth)):
-            index = await self._knowledge.prefix_of(image.digest, depth)
-            if index is None:
-                built = await build_prefix(image.found.index, image.layers, depth)
-                index = await self._knowledge.keep_prefix(image.digest, depth, built)
-            found = FoundIndex(index, image.found.trust)
-            return await self._share(image.resolved, image.source, found, Spool(self._root))
+        try:
+            built = await build_prefix(image.found.index, image.layers, depth)
+            await self._knowledge.keep_prefix(digest, depth, built)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.release(image)
+
+    async def _reopen(
+        self, digest: str, depth: int | None, *, plain_http: bool, fill: bool
+    ) -> OpenImage:
+        """Open the lower `depth` layers (None: all) of an image that this node has had.
+
+        Raises DaemonError if what is needed for that is gone from the disk.
+        """
+        recalled = await self._knowledge.recall(digest, depth)
+        if recalled is None:
+            raise DaemonError(
+                f"what this node knew of {digest} is gone from its disk",
+                hint="remove the image and pull it again",
+            )
+        resolved, found = recalled
+        source = self._locate(plain_http or None).source(resolved.name)
+        spool = Spool(self._root)
+        return await self._share(resolved, source, found, spool, plain_http=plain_http, fill=fill)
+
+    async def open_known(self, digest: str) -> OpenImage:
+        """Open an image that this node has had before, without any network; `release` it once.
+
+        Raises DaemonError if it is gone from the disk.
+        """
+        async with self._one_at_a_time(digest):
+            return await self._reopen(digest, None, plain_http=False, fill=True)
+
+    async def restore(self) -> None:
+        """Open, without any network, what a predecessor had open, in the same slots. Nobody uses it
+        yet; `close_unused` closes what nobody has asked for meanwhile.
+        """
+        for record in self._records.views:
+            try:
+                image = await self._reopen(
+                    record.image, record.depth, plain_http=record.plain_http, fill=True
+                )
+                image.users -= 1
+            except FirstByteError as error:
+                log.error("an image that was shown is lost: %s", error)
+                await trio.to_thread.run_sync(self._records.close_view, record.names[0])
+
+    @property
+    def none_open(self) -> bool:
+        """Whether nothing is shown."""
+        return not self._open
+
+    async def close_unused(self) -> None:
+        """Close the images that were restored and that nobody uses."""
+        for image in list(self._open.values()):
+            if not image.users:
+                await self._close(image)
+
+    async def directory(self, image: OpenImage, wanted: Mode | None = None) -> tuple[Mode, Path]:
+        """Where to find an open image, in the mode that is `wanted`, else as it is configured.
+
+        Raises MountError, and what made the image unfit to be read.
+        """
+        if image.view.refusal is not None:
+            raise image.view.refusal
+        return await self._showing.directory(
+            image.shown, local=image.local, wanted=wanted or self._mode
+        )
 
     def having(self, digest: str) -> OpenImage | None:
         """The open image of a manifest, all of it, if it is open."""
@@ -204,10 +231,6 @@ class Images:
         for resolved in list(image.manifests.values()):
             await self._knowledge.remember(resolved, image.found)
 
-    async def reference_of(self, digest: str) -> str | None:
-        """What to open an image by that this node has had before, or None if it has not."""
-        return await self._knowledge.reference_of(digest)
-
     def disk_usage(self, content_key: bytes) -> int:
         """Bytes of disk that a layer's data takes now. Blocks."""
         return self._store.usage_of(content_key)
@@ -215,15 +238,21 @@ class Images:
     async def release(self, image: OpenImage) -> None:
         """One user less; the last one closes it. Nothing of it may be bound anywhere then."""
         image.users -= 1
-        if image.users:
-            return
-        del self._open[image.found.index.digest, image.is_whole]
-        self._views.remove(image.view)
-        image.scope.cancel()
-        for layer in image.layers:
-            layer.close()
-        await session.forget_name(image.view.name)
-        log.info("closed %s", image.view.reference)
+        if not image.users:
+            await self._close(image)
+
+    async def _close(self, image: OpenImage) -> None:
+        """Close an image that nobody uses; not, if somebody does by the time it is our turn."""
+        key = image.found.index.digest, image.is_whole
+        async with self._one_at_a_time(key):
+            if image.users or self._open.get(key) is not image:
+                return
+            del self._open[key]
+            image.scope.cancel()
+            await self._showing.remove(image.shown)
+            for layer in image.layers:
+                layer.close()
+            log.info("closed %s", image.view.reference)
 
     async def forget(self, digest: str) -> None:
         """Delete an image from this node, unless it is open, with the data that is no other's.
@@ -235,6 +264,14 @@ class Images:
                 in_use = [index_digest for index_digest, _ in self._open]
                 await self._knowledge.forget(digest, self._store, in_use)
 
+    async def trim(self, digest: str, depth: int) -> None:
+        """Delete what only the layers above the lower `depth` ones of an image need, unless it is
+        open. Raises StoreError.
+        """
+        async with self._one_at_a_time(digest):
+            if self.having(digest) is None:
+                await self._knowledge.trim(digest, depth, self._store)
+
     def _one_at_a_time(self, name: object) -> trio.Lock:
         lock = self._opening.get(name)
         if lock is None:
@@ -242,7 +279,14 @@ class Images:
         return lock
 
     async def _share(
-        self, resolved: ResolvedImage, source: ImageSource, found: FoundIndex, spool: Spool
+        self,
+        resolved: ResolvedImage,
+        source: ImageSource,
+        found: FoundIndex,
+        spool: Spool,
+        *,
+        plain_http: bool,
+        fill: bool = True,
     ) -> OpenImage:
         """The open image of an index, opened if it is not. Owns the spool from then on."""
         index = found.index
@@ -251,22 +295,23 @@ class Images:
         async with self._one_at_a_time(key):
             image = self._open.get(key)
             if image is None:
-                image = self._open[key] = await self._make(resolved, source, found)
-                self._views.add(image.view)
-                self._nursery.start_soon(self._fill, image, spool)
+                image = self._open[key] = await self._make(resolved, source, found, plain_http)
+                if whole:
+                    await self._completion.keep(image)  # a successor must be able to open it
+                if fill:
+                    self._nursery.start_soon(self._completion.run, image, spool)
                 return image
+            image.users += 1
         spool.close()
-        image.users += 1
         if whole:
             image.manifests[resolved.descriptor.digest] = resolved
-            await self._try_to_keep(image)
+            await self._completion.keep(image)
         return image
 
     async def _make(
-        self, resolved: ResolvedImage, source: ImageSource, found: FoundIndex
+        self, resolved: ResolvedImage, source: ImageSource, found: FoundIndex, plain_http: bool
     ) -> OpenImage:
         index = found.index
-        slot = await trio.to_thread.run_sync(self._records.take_slot)
         stored = await trio.to_thread.run_sync(self._store.open_all, index.layers)
         layers = [
             LazyLayer(
@@ -278,20 +323,37 @@ class Images:
             for number, table in enumerate(index.layers)
         ]
         whole = len(layers) == len(resolved.manifest.layers)
-        view = View(
-            name=index.digest.hex().encode() + (b"" if whole else _LOWER),
-            slot=slot,
-            reference=resolved.name,
-            image=index.tree,
-            layers=layers,
-            raw_size=sum(table.raw_size for table in index.layers),
-        )
+        try:
+            shown = await self._showing.add(
+                index.digest.hex() + ("" if whole else _LOWER),
+                resolved.name,
+                index,
+                layers,
+                lambda names: ViewRecord(
+                    image=resolved.descriptor.digest,
+                    depth=len(layers),
+                    plain_http=plain_http,
+                    names=names,
+                ),
+            )
+        except BaseException:
+            for layer in layers:
+                layer.close()
+            raise
+        manifests = {resolved.descriptor.digest: resolved}
         fill = ImageFill(
             layers,
             self._scheduler,
-            quarantine=lambda _, error: self._quarantine(image, error),
+            # Not of the image, which has this: files of a closed one would stay open, and on the
+            # disk although deleted, until the garbage collector looks for cycles.
+            quarantine=lambda _, error: self._completion.quarantine(shown, manifests, error),
         )
-        image = OpenImage(resolved, source, found, view, layers, fill)
+        local = found.trust is Trust.LOCAL and await trio.to_thread.run_sync(
+            lambda: all(layer.stored.proven for layer in layers)
+        )
+        image = OpenImage(
+            manifests, source, found, shown, layers, fill, plain_http=plain_http, local=local
+        )
         log.info(
             "opened %s: %s, %d of %d layers, %d inodes, file index sha256:%s (%s)",
             resolved.name,
@@ -336,56 +398,3 @@ class Images:
             )
             found = FoundIndex(index, Trust.LOCAL)
         return FoundIndex(await self._knowledge.keep_index(found.index), found.trust)
-
-    async def _fill(self, image: OpenImage, spool: Spool) -> None:
-        """Make an image local in the background. It is served whatever becomes of this."""
-        try:
-            with image.scope:
-                for number, layer in enumerate(image.layers):
-                    await trio.to_thread.run_sync(spool.pour, number, layer.stored)
-                if image.is_whole:
-                    await self._try_to_keep(image)
-                await image.fill.run()
-                if image.fill.fully_local.is_set():
-                    await self._prove(image)
-        except Exception:
-            log.exception("the background download of %s has ended", image.view.reference)
-        finally:
-            spool.close()
-            image.settled.set()
-
-    async def _prove(self, image: OpenImage) -> None:
-        """The layers are the image's; is the tree theirs? Only a stranger's index is asked.
-
-        The index of lower layers was made here from their bytes, which are proven by now.
-        """
-        if image.found.trust is not Trust.LOCAL and image.is_whole:
-            try:
-                path = self._knowledge.path_of(image.found.index)
-                raw_paths = [layer.stored.raw_path for layer in image.layers]
-                await prove_tree(path, raw_paths, image.view.reference)
-            except IntegrityError as error:
-                log.error("%s", error)
-                self._quarantine(image, error)
-                return
-            except FirstByteError as error:
-                log.warning("%s", error)
-                image.fill.problem = str(error)
-                return
-            image.found = FoundIndex(image.found.index, Trust.LOCAL)
-            await self._try_to_keep(image)
-        image.local = True
-        log.info("all of %s is on this node", image.view.reference)
-
-    async def _try_to_keep(self, image: OpenImage) -> None:
-        """An image that cannot be recorded is served all the same."""
-        try:
-            await self.keep(image)
-        except FirstByteError as error:
-            log.warning("%s is open, but not recorded: %s", image.view.reference, error)
-
-    def _quarantine(self, image: OpenImage, error: IntegrityError) -> None:
-        """Serve nothing of an image any more whose file index has lied about it."""
-        image.view.refusal = error
-        for digest in image.manifests:
-            self._knowledge.disown(digest, image.found.index.digest)

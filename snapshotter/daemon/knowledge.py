@@ -50,23 +50,26 @@ class Knowledge:
         record = await trio.to_thread.run_sync(self._records.get, digest)
         if record is None:
             return None
-        try:
-            manifest = parse(record.manifest, "", reference)
-            if not isinstance(manifest, Manifest):
-                return None
-            check_image(manifest, reference)
-            config = parse_config(record.config, f"the configuration of {reference}")
-        except FirstByteError as error:
-            log.warning("the record of %s is not used: %s", reference, error)
-            return None
-        return ResolvedImage(reference, manifest.descriptor, manifest, config, record.config)
+        return _resolved(msgspec.structs.replace(record, reference=reference))
 
-    async def reference_of(self, manifest_digest: str) -> str | None:
-        """A reference by digest of an image that this node has had before."""
+    async def recall(
+        self, manifest_digest: str, depth: int | None
+    ) -> tuple[ResolvedImage, FoundIndex] | None:
+        """An image that this node has had before, with the file index of its lower `depth` layers
+        (None: of all).
+
+        None if any of that is gone.
+        """
         record = await trio.to_thread.run_sync(self._records.get, manifest_digest)
-        if record is None or record.reference.startswith(PREFIX):
+        image = None if record is None else _resolved(record)
+        found = None if image is None else await self.index_of(image)
+        if image is None or found is None:
             return None
-        return f"{Reference.parse(record.reference).name}@{manifest_digest}"
+        if depth in (None, len(image.manifest.layers)):
+            return image, found
+        assert depth is not None
+        lower = await self.prefix_of(manifest_digest, depth)
+        return None if lower is None else (image, FoundIndex(lower, found.trust))
 
     async def index_of(self, image: ResolvedImage) -> FoundIndex | None:
         """The file index that was used last time."""
@@ -167,6 +170,29 @@ class Knowledge:
 
         await trio.to_thread.run_sync(sweep)
 
+    async def trim(self, manifest_digest: str, depth: int, store: LayerStore) -> None:
+        """Delete the data of layers above the lower `depth` ones, but what other images have.
+
+        The image can still be opened; what is read of those layers is fetched again. Raises
+        StoreError.
+        """
+
+        def sweep() -> None:
+            record = self._records.get(manifest_digest)
+            if record is None:
+                return
+            gone = record.content_keys[depth:]
+            kept = msgspec.structs.replace(record, content_keys=record.content_keys[:depth])
+            self._records.put(kept)
+            used = {key for other in self._records.all() for key in other.content_keys}
+            store.remove([key for key in gone if key not in used])
+
+        await trio.to_thread.run_sync(sweep)
+
+    def tree_of(self, index: FileIndex) -> Path:
+        """The EROFS image of an index, as a file of its own. Blocks. Raises StoreError."""
+        return self._indexes.tree(index.digest, memoryview(index.tree.buffer))
+
     def path_of(self, index: FileIndex) -> Path:
         """Where an index that was kept is. Raises StoreError if it is gone."""
         path = self._indexes.get(index.digest)
@@ -190,3 +216,18 @@ class Knowledge:
         if index.digest != digest:
             raise IntegrityError(f"{path} holds another index than its name says")
         return index
+
+
+def _resolved(record: ImageRecord) -> ResolvedImage | None:
+    """The image of a record, or None if it makes no sense."""
+    name = record.reference
+    try:
+        manifest = parse(record.manifest, "", name)
+        if not isinstance(manifest, Manifest):
+            return None
+        check_image(manifest, name)
+        config = parse_config(record.config, f"the configuration of {name}")
+    except FirstByteError as error:
+        log.warning("the record of %s is not used: %s", name, error)
+        return None
+    return ResolvedImage(name, manifest.descriptor, manifest, config, record.config)

@@ -8,7 +8,6 @@ based on may stay for long. After a restart images are opened again, from what i
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from contextlib import asynccontextmanager
 from fnmatch import fnmatchcase
@@ -18,7 +17,7 @@ import trio
 
 from index.errors import FirstByteError, IntegrityError, UnsupportedError
 from snapshotter.containerd.lazy import LayerPlace, Refused
-from snapshotter.daemon.errors import DaemonError, NoIndexError
+from snapshotter.daemon.errors import NoIndexError
 from snapshotter.registry.chain import chain_ids
 from snapshotter.registry.errors import RegistryError
 from snapshotter.registry.reference import Reference
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
 
     from snapshotter.containerd.labels import ImageLabels
     from snapshotter.daemon.config import ImagesConfig
-    from snapshotter.daemon.images import Images, OpenImage
+    from snapshotter.daemon.images import Images
+    from snapshotter.daemon.open_image import OpenImage
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +62,9 @@ class _Image:
 class LazySnapshots:
     """What the containerd room asks the daemon. For the trio thread."""
 
-    def __init__(self, images: Images, policy: ImagesConfig, mount: Path) -> None:
-        """`mount` is where the FUSE mount is."""
+    def __init__(self, images: Images, policy: ImagesConfig) -> None:
         self._images = images
         self._policy = policy
-        self._mount = mount
         self._known: dict[str, _Image] = {}
 
     @asynccontextmanager
@@ -97,7 +95,7 @@ class LazySnapshots:
             image.layers += Counter()  # drops what counts zero
             with trio.CancelScope(shield=True):
                 if image.layers:
-                    await self._close_unneeded(image)
+                    await self._close_unneeded(digest, image)
                 else:
                     await self._forget(digest, image)
 
@@ -108,14 +106,16 @@ class LazySnapshots:
         """
         image = self._known[digest]
         async with image.lock:
-            whole = await self._open(digest, image)
-            if depth < len(whole.layers) and depth not in image.lowers:
-                image.lowers[depth] = await self._images.acquire_lower(whole, depth)
-            shown = image.lowers.get(depth, whole)
-        for view in (whole.view, shown.view):
-            if view.refusal is not None:
-                raise view.refusal
-        return self._mount / os.fsdecode(shown.view.name)
+            whole = image.whole
+            if whole is not None and whole.view.refusal is not None:
+                raise whole.view.refusal
+            shown = whole if whole is not None and depth == len(whole.layers) else None
+            if shown is None:
+                shown = image.lowers.get(depth)
+            if shown is None:
+                shown = image.lowers[depth] = await self._images.acquire_lower(digest, depth)
+            _, directory = await self._images.directory(shown)
+        return directory
 
     async def disk_usage(self, content_key: str) -> int:
         """Bytes of disk that a layer takes now."""
@@ -130,8 +130,9 @@ class LazySnapshots:
         async def open_one(digest: str, image: _Image) -> None:
             async with limit, image.lock:
                 try:
-                    await self._open(digest, image)
-                    await self._close_unneeded(image)
+                    if image.whole is None:
+                        image.whole = await self._images.open_known(digest)
+                    await self._close_unneeded(digest, image)
                 except FirstByteError as error:
                     log.error("%s has snapshots, but cannot be opened: %s", digest, error)
 
@@ -201,25 +202,21 @@ class LazySnapshots:
             return _refused(labels, "other", str(error))
         return None
 
-    async def _open(self, digest: str, image: _Image) -> OpenImage:
-        """Open an image that this node has had before. Raises FirstByteError."""
-        if image.whole is None:
-            reference = await self._images.reference_of(digest)
-            if reference is None:
-                raise DaemonError(
-                    f"what this node knew of {digest} is gone from its disk",
-                    hint="remove the image and pull it again",
-                )
-            image.whole = await self._images.acquire(reference)
-        return image.whole
+    async def _close_unneeded(self, digest: str, image: _Image) -> None:
+        """Close what no snapshot shows: lower layers alone, or all if only lower ones are left.
 
-    async def _close_unneeded(self, image: _Image) -> None:
-        """Close what no snapshot shows: lower layers alone, or all if only lower ones are left."""
+        In that case what the layers above have on disk goes, too.
+        """
         for depth in image.lowers.keys() - image.layers.keys():
             await self._images.release(image.lowers.pop(depth))
         whole = image.whole
-        if whole is not None and not image.lowers and len(whole.layers) not in image.layers:
-            await self._close(image)
+        if whole is not None and len(whole.layers) not in image.layers:
+            image.whole = None
+            await self._images.release(whole)
+            try:
+                await self._images.trim(digest, max(image.layers))
+            except FirstByteError as error:
+                log.warning("not all of %s could be deleted: %s", digest, error)
 
     async def _forget(self, digest: str, image: _Image) -> None:
         """Delete from the node what there is no snapshot of any more."""

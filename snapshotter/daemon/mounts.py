@@ -12,7 +12,8 @@ import trio
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from snapshotter.daemon.images import OpenImage
+    from snapshotter.daemon.open_image import OpenImage
+    from snapshotter.daemon.showing import Mode
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +41,16 @@ _MAY_BECOME = {
 class Mount:
     """A mount, from the moment its directory is claimed.
 
-    `image` is None while it is being found. `ended_serving` is set when the state is one that comes
-    after SERVING.
+    `image` and `mode` are None while it is being found, `why` says why the mode is no better.
+    `ended_serving` is set when the state is one that comes after SERVING.
     """
 
     target: Path
     reference: str
     state: MountState = MountState.PREPARING
     image: OpenImage | None = None
+    mode: Mode | None = None
+    why: str = ""
     ended_serving: trio.Event = field(default_factory=trio.Event)
 
     def become(self, state: MountState) -> None:

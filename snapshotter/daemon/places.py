@@ -30,9 +30,19 @@ class Places:
         return self.state / "firstbyte-control.sock"
 
     @property
+    def grpc(self) -> Path:
+        """Where gRPC itself listens; containerd's connections are passed on to it."""
+        return self.state / "grpc.sock"
+
+    @property
     def mount(self) -> Path:
         """Where the daemon's one FUSE mount is."""
         return self.state / "fs"
+
+    @property
+    def views(self) -> Path:
+        """Where the kernel's EROFS mounts of views are."""
+        return self.state / "views"
 
     @property
     def log(self) -> Path:
@@ -40,7 +50,8 @@ class Places:
 
     @property
     def records(self) -> Path:
-        return self.state / "mounts.json"
+        """What is being served, for a successor. In `state`, because it is true until a reboot."""
+        return self.state / "serving.json"
 
     @property
     def daemon_lock(self) -> Path:

@@ -1,23 +1,33 @@
-"""The daemon process, from taking its lock to leaving nothing behind."""
+"""The daemon process: it takes over from one that was before, serves, and ends in one of two ways.
+
+Either everything is unmounted, and nothing is left; or what is mounted stays for a successor, which
+is what happens when the process is killed, too.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 import resource
 import signal
 from contextlib import AsyncExitStack, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
 
+from snapshotter.daemon import client, notify, protocol
 from snapshotter.daemon.containerd import serve_containerd
+from snapshotter.daemon.descriptors import descriptor_store
 from snapshotter.daemon.errors import DaemonError
+from snapshotter.daemon.handover import Inheritance
 from snapshotter.daemon.images import Images
 from snapshotter.daemon.places import Places, locked
-from snapshotter.daemon.records import Records, detach_dead_mounts
+from snapshotter.daemon.records import Records
 from snapshotter.daemon.server import Connections, listen
 from snapshotter.daemon.service import Service
+from snapshotter.daemon.showing import Mode
 from snapshotter.fetch.scheduler import open_scheduler
 from snapshotter.fuse import session
 from snapshotter.fuse.operations import Operations
@@ -35,66 +45,148 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from snapshotter.daemon.config import Config
+    from snapshotter.fuse.session import Connection
 
 log = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 15.0  # a predecessor that is ending may hold the lock for so long
-_LOCK_POLL_SECONDS = 0.02
+_LOCK_POLL_SECONDS = 0.005  # readers wait meanwhile
 _DRAIN_SECONDS = 5.0  # for interrupted requests to clean up, and their clients to be told
 _CLOSE_SECONDS = 10.0  # for mounts to be taken down; what is left then, the kernel detaches
 _FIRST_CLIENT_SECONDS = 60.0  # a daemon nobody talks to was started by somebody who gave up
 
 
-async def run(config: Config, *, stay: bool, ready: Callable[[], None]) -> None:
+class Stop:
+    """Whether the daemon is to end, and what becomes of what it serves."""
+
+    def __init__(self) -> None:
+        self.requested = trio.Event()
+        self.leaves = False
+        """Everything stays mounted, for a successor; who reads waits for it."""
+
+    def take_down(self) -> None:
+        """End, and unmount everything."""
+        self.requested.set()
+
+    def leave(self) -> None:
+        """End, and leave everything to a successor."""
+        self.leaves = True
+        self.requested.set()
+
+
+async def run(
+    config: Config, *, stay: bool, ready: Callable[[], None], replace: bool = False
+) -> None:
     """Serve until told to stop; without `stay` only until nothing is mounted any more.
 
-    With `stay` containerd is served, too. `ready` is called when the sockets answer. Raises
-    FirstByteError if the daemon cannot start. At the end all its mounts and the sockets are gone,
-    whatever happened.
+    With `stay` containerd is served, too. A daemon that ran before is succeeded: what it has left
+    mounted goes on; with `replace` one that still runs is asked to end. `ready` is called when the
+    sockets answer. Raises FirstByteError if the daemon cannot start.
     """
     places = Places(config.root, config.state)
     places.create()
     _raise_file_limit()
     with ExitStack() as held:
+        if replace:
+            await client.ask(places, protocol.HandOverRequest(), start=None)
         await _take_lock(places, held)
         records = Records(places.records)
-        await trio.to_thread.run_sync(detach_dead_mounts, places, records)
-        await trio.to_thread.run_sync(lambda: places.mount.mkdir(mode=0o700, exist_ok=True))
-        store = held.enter_context(LayerStore(places.root))
-        async with Transport() as transport, open_nursery() as nursery:
-            stop = trio.Event()
-            nursery.start_soon(_stop_on_signal, stop)
-            nursery.start_soon(keep_flushed, store)
-            views = Views()
-            await nursery.start(_serve_mount, views, places, stop)
-            async with open_scheduler() as scheduler:
-                locations = functools.cache(
-                    functools.partial(_locations, transport, CredentialStore(), config)
-                )
-                images = Images(
-                    places.root,
-                    views,
-                    records,
-                    store,
-                    scheduler,
-                    locations,
+        inheritance = await trio.to_thread.run_sync(
+            lambda: Inheritance(places, descriptor_store(places.state), records)
+        )
+        connection, resumed = await trio.to_thread.run_sync(inheritance.mount)
+        stop = Stop()
+        stop.leaves = resumed  # if this start fails, somebody else may do better
+        try:
+            store = held.enter_context(LayerStore(places.root))
+            async with Transport() as transport, open_nursery() as nursery:
+                nursery.start_soon(_stop_on_signal, stop)
+                nursery.start_soon(keep_flushed, store)
+                await _serve(
+                    _Parts(config, places, records, inheritance, connection, store, transport),
                     nursery,
-                    trusted=[Trust(way) for way in config.images.trust],
+                    stop,
+                    resumed=resumed,
+                    stay=stay,
+                    ready=ready,
                 )
-                service = Service(places, images, records, nursery, stop=stop.set, stay=stay)
-                try:
-                    async with AsyncExitStack() as serving:
-                        if stay:
-                            service.containerd = await serving.enter_async_context(
-                                serve_containerd(config, images)
-                            )
-                        await _answer_clients(places, service, stop, stay=stay, ready=ready)
-                finally:
-                    with trio.move_on_after(_CLOSE_SECONDS) as closing:
-                        closing.shield = True
-                        await service.close()
-            nursery.cancel_scope.cancel()
-    log.info("the daemon has ended")
+                nursery.cancel_scope.cancel()
+        finally:
+            if stop.leaves:
+                os.close(connection.device)
+            else:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(inheritance.unmount, connection)
+    log.info("the daemon has ended%s", "; its mounts wait for another" if stop.leaves else "")
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a daemon is made of, before it serves."""
+
+    config: Config
+    places: Places
+    records: Records
+    inheritance: Inheritance
+    connection: Connection
+    store: LayerStore
+    transport: Transport
+
+
+async def _serve(
+    parts: _Parts,
+    nursery: trio.Nursery,
+    stop: Stop,
+    *,
+    resumed: bool,
+    stay: bool,
+    ready: Callable[[], None],
+) -> None:
+    """Answer kernel, containerd and clients until `stop`."""
+    config, places = parts.config, parts.places
+    views = Views()
+    locations = functools.cache(
+        functools.partial(_locations, parts.transport, CredentialStore(), config)
+    )
+    async with open_scheduler() as scheduler:
+        images = Images(
+            places,
+            views,
+            parts.records,
+            parts.store,
+            scheduler,
+            locations,
+            nursery,
+            trusted=[Trust(way) for way in config.images.trust],
+            mode=None if config.mounts.mode == "auto" else Mode(config.mounts.mode),
+        )
+        await images.restore()  # before the kernel asks for any of them
+        await nursery.start(_serve_mount, views, parts.connection, places, resumed, stop)
+        service = Service(places, images, parts.records, nursery, stop=stop, stay=stay)
+        await service.restore()
+        stop.leaves = False
+        try:
+            async with AsyncExitStack() as serving:
+                if stay:
+                    service.containerd = await serving.enter_async_context(
+                        serve_containerd(config, images, parts.inheritance, stop)
+                    )
+                nursery.start_soon(notify.beat, functools.partial(_sign_of_life, places))
+                await _answer_clients(places, service, stop, stay=stay, ready=ready)
+                if images.none_open:
+                    stop.leaves = False  # nothing is mounted that somebody could want
+        finally:
+            with trio.move_on_after(_CLOSE_SECONDS) as closing:
+                closing.shield = True
+                if stop.leaves:
+                    await trio.to_thread.run_sync(parts.store.flush)  # while reads are answered
+                else:
+                    await service.close()
+
+
+async def _sign_of_life(places: Places) -> None:
+    """Return if trio and the FUSE mount are at work."""
+    await trio.to_thread.run_sync(os.stat, places.mount, abandon_on_cancel=True)
 
 
 def _locations(
@@ -105,13 +197,13 @@ def _locations(
 
 
 async def _answer_clients(
-    places: Places, service: Service, stop: trio.Event, *, stay: bool, ready: Callable[[], None]
+    places: Places, service: Service, stop: Stop, *, stay: bool, ready: Callable[[], None]
 ) -> None:
     """Take connections until `stop`, then end those that are left."""
 
     def idle() -> None:
         if service.idle and not stay:
-            stop.set()
+            stop.take_down()
 
     connections = Connections(service, idle)
     async with open_nursery() as nursery:
@@ -127,10 +219,12 @@ async def _answer_clients(
             nursery.start_soon(accept)
             log.info("ready: data in %s, control socket %s", places.root, places.socket)
             ready()
+            notify.notify(notify.READY)
             if not stay:
-                nursery.start_soon(_stop_unless_used, connections, stop)
-            await stop.wait()
+                nursery.start_soon(_stop_unless_used, connections, service, stop)
+            await stop.requested.wait()
             log.info("ending")
+            notify.notify(notify.STOPPING)
             accepting.cancel()
         service.refuse()
         with trio.move_on_after(_DRAIN_SECONDS):
@@ -139,24 +233,38 @@ async def _answer_clients(
 
 
 async def _serve_mount(
-    views: Views, places: Places, stop: trio.Event, *, task_status: trio.TaskStatus[None]
+    views: Views,
+    connection: Connection,
+    places: Places,
+    resumed: bool,
+    stop: Stop,
+    *,
+    task_status: trio.TaskStatus[None],
 ) -> None:
-    await session.serve(Operations(views), places.mount, task_status=task_status)
+    operations = Operations(views)
+    await session.serve(
+        operations, connection, places.mount, resumed=resumed, task_status=task_status
+    )
     log.error("somebody has unmounted %s: the daemon can serve no longer", places.mount)
-    stop.set()
+    stop.take_down()
 
 
-async def _stop_on_signal(stop: trio.Event) -> None:
+async def _stop_on_signal(stop: Stop) -> None:
+    """SIGINT is a person who wants to be rid of it; SIGTERM a service manager, who will want it
+    back: an upgrade, or a restart."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("received %s", signal.Signals(number).name)
-            stop.set()
+            if number == signal.SIGTERM:
+                stop.leave()
+            else:
+                stop.take_down()
 
 
-async def _stop_unless_used(connections: Connections, stop: trio.Event) -> None:
+async def _stop_unless_used(connections: Connections, service: Service, stop: Stop) -> None:
     await trio.sleep(_FIRST_CLIENT_SECONDS)
-    if not connections.total:
-        stop.set()
+    if not connections.total and service.idle:
+        stop.take_down()
 
 
 async def _take_lock(places: Places, held: ExitStack) -> None:

@@ -33,7 +33,8 @@ class MountRequest(msgspec.Struct, frozen=True, kw_only=True, tag="mount"):
     """Mount an image at the directory `target` (absolute). `platform` empty: the machine's own.
 
     `index` is the absolute path of a file index to use, or empty: one is looked for, or built.
-    With `wait_local` the reply comes when all of the image is on this node.
+    With `wait_local` the reply comes when all of the image is on this node. `mode` is how it is to
+    be served: `native`, `erofs`, `fuse`, or empty for the best there is.
     """
 
     reference: str
@@ -42,6 +43,7 @@ class MountRequest(msgspec.Struct, frozen=True, kw_only=True, tag="mount"):
     plain_http: bool = False
     index: str = ""
     wait_local: bool = False
+    mode: str = ""
 
 
 class UmountRequest(msgspec.Struct, frozen=True, tag="umount"):
@@ -58,6 +60,10 @@ class StopRequest(msgspec.Struct, frozen=True, tag="stop"):
     """Take down everything and end."""
 
 
+class HandOverRequest(msgspec.Struct, frozen=True, tag="hand over"):
+    """End, and leave everything to the daemon that asks."""
+
+
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
     """`done` of `total` bytes of one piece of work; the total may be unknown."""
 
@@ -67,8 +73,9 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One mount. `mode` is the way it is served; the byte counts are of raw space. `problem` is
-    what holds the background download up at the moment, in one line, or empty.
+    """One mount. `mode` is the way it is served, `why` says why it is no better one; the byte
+    counts are of raw space. `problem` is what holds the background download up at the moment, in
+    one line, or empty.
     """
 
     target: str
@@ -79,6 +86,7 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
     local_bytes: int
     total_bytes: int
     problem: str = ""
+    why: str = ""
 
 
 class Mounted(msgspec.Struct, frozen=True, tag="mounted"):
@@ -111,6 +119,8 @@ class ImageStatus(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     layers: int
     snapshots: int
+    mode: str
+    why: str
     local_bytes: int
     total_bytes: int
     problem: str = ""
@@ -178,7 +188,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     hint: str = ""
 
 
-Request = MountRequest | UmountRequest | StatusRequest | StopRequest
+Request = MountRequest | UmountRequest | StatusRequest | StopRequest | HandOverRequest
 Reply = Mounted | Unmounted | Status | Failed
 FromDaemon = Hello | Progress | Reply
 

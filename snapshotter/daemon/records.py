@@ -1,40 +1,55 @@
-"""What a daemon was serving, on disk, so that its successor can clean up after a crash."""
+"""What a daemon is serving, on disk: for a successor that goes on with it."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from snapshotter.daemon.errors import DaemonError
-from snapshotter.fuse.session import FILE_SYSTEM
 from snapshotter.fuse.view import MAX_SLOT
-from snapshotter.mounts import syscalls
-from snapshotter.mounts.table import read_mounts
 
 if TYPE_CHECKING:
-    from snapshotter.daemon.places import Places
+    from collections.abc import Sequence
+    from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 
-class MountRecord(msgspec.Struct, frozen=True):
-    """A mount that was made. `slot` is the view's in inode numbers; `digest` the image's."""
+FIRST_SLOT = 3
+"""Slots below are of the daemon's own files in the FUSE mount, the same in every process."""
+
+
+class MountRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A mount at the directory `target`: which image (`digest` is its manifest's), and how."""
 
     target: str
     reference: str
     digest: str
-    slot: int
+    mode: str
+
+
+class ViewRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A view that is shown: the lower `depth` layers of an image. `names` are its entries in the
+    root of the FUSE mount; `plain_http` is how its registry was asked for."""
+
+    image: str
+    depth: int
+    plain_http: bool
+    names: list[str]
 
 
 class _File(msgspec.Struct):
-    """The file. `next_slot` only grows, because the kernel remembers the inodes of old views."""
+    """The file. `init` is what the kernel said when the FUSE mount was made. `next_slot` only
+    grows, because the kernel remembers the inodes of old views."""
 
-    next_slot: int = 1
+    init: bytes = b""
+    next_slot: int = FIRST_SLOT
+    slots: dict[str, int] = {}
+    views: dict[str, ViewRecord] = {}
     mounts: list[MountRecord] = []
 
 
@@ -45,42 +60,76 @@ class Records:
     """
 
     def __init__(self, path: Path) -> None:
+        """Read what a predecessor has left. A file that is damaged counts as none."""
         self._path = path
-        self._file = _File()
         self._lock = threading.Lock()
+        self._file = _File()
+        try:
+            self._file = msgspec.json.decode(path.read_bytes(), type=_File)
+        except FileNotFoundError:
+            pass
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            log.warning("%s is damaged and starts afresh: %s", path, error)
 
-    def take_slot(self) -> int:
-        """A slot that was never used in this daemon's FUSE mount. Raises DaemonError."""
+    @property
+    def mounts(self) -> list[MountRecord]:
+        """The mounts there are, in the order they were made."""
         with self._lock:
-            slot = self._file.next_slot
-            if slot > MAX_SLOT:
-                raise DaemonError(f"{MAX_SLOT} images were mounted", hint="restart the daemon")
-            self._file.next_slot += 1
-            self._write()
-            return slot
+            return list(self._file.mounts)
 
-    def add(self, record: MountRecord) -> None:
+    @property
+    def views(self) -> list[ViewRecord]:
+        """The views that are shown, in the order they were opened."""
+        with self._lock:
+            return list(self._file.views.values())
+
+    @property
+    def init(self) -> bytes:
+        """What the kernel said when the FUSE mount was made, or nothing if there is no mount."""
+        with self._lock:
+            return self._file.init
+
+    def start_afresh(self, init: bytes) -> None:
+        """Forget everything: there is a new FUSE mount, in which no slot was used."""
+        with self._lock:
+            self._file = _File(init=init)
+            self._write()
+
+    def open_view(self, name: str, view: ViewRecord) -> dict[str, int]:
+        """Record a view, and give each of its names a slot: the one it has, else one that was never
+        used in this FUSE mount. Raises DaemonError.
+        """
+        with self._lock:
+            new = [entry for entry in view.names if entry not in self._file.slots]
+            first = self._file.next_slot
+            if first + len(new) > MAX_SLOT + 1:
+                raise DaemonError(f"{MAX_SLOT} images were mounted", hint="restart the daemon")
+            self._file.slots.update(zip(new, range(first, first + len(new)), strict=True))
+            self._file.next_slot += len(new)
+            self._file.views[name] = view
+            self._write()
+            return {entry: self._file.slots[entry] for entry in view.names}
+
+    def close_view(self, name: str) -> Sequence[str]:
+        """Forget a view; returns those of its names that no other view has."""
+        with self._lock:
+            gone = self._file.views.pop(name)
+            used = {entry for view in self._file.views.values() for entry in view.names}
+            left = [entry for entry in gone.names if entry not in used]
+            for entry in left:
+                del self._file.slots[entry]
+            self._write()
+            return left
+
+    def add_mount(self, record: MountRecord) -> None:
         with self._lock:
             self._file.mounts.append(record)
             self._write()
 
-    def remove(self, target: str) -> None:
+    def remove_mount(self, target: str) -> None:
         with self._lock:
             self._file.mounts = [record for record in self._file.mounts if record.target != target]
             self._write()
-
-    def take_over(self) -> list[MountRecord]:
-        """What a dead daemon left recorded; the file starts afresh."""
-        try:
-            left = msgspec.json.decode(self._path.read_bytes(), type=_File).mounts
-        except FileNotFoundError:
-            return []
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            log.warning("%s is damaged and starts afresh: %s", self._path, error)
-            left = []
-        with self._lock:
-            self._write()
-        return left
 
     def _write(self) -> None:
         temporary = self._path.with_suffix(".new")
@@ -89,23 +138,3 @@ class Records:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._path)
-
-
-def detach_dead_mounts(places: Places, records: Records) -> None:
-    """Take down what a killed daemon of the same state directory left mounted.
-
-    Its mounts answer nothing but ENOTCONN, and mounting below a dead one is impossible. Found in
-    the mount table by type and source, so the ones that never got into the record are found too.
-    Nothing is mounted again: whoever mounted it may not want it any more.
-    """
-    images = {record.target: record.reference for record in records.take_over()}
-    kind, source = FILE_SYSTEM.encode(), os.fsencode(places.mount)
-    for entry in reversed(read_mounts()):  # what lies on top first
-        if entry.kind == kind and entry.source == source:
-            point = os.fsdecode(entry.point)
-            log.warning(
-                "detaching %s, left by a daemon that was killed (%s)",
-                point,
-                images.get(point, "not an image's mount"),
-            )
-            syscalls.unmount(Path(point), detach=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from snapshotter.daemon import protocol
 from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.mounts import Mount, MountState
 from snapshotter.daemon.records import MountRecord
+from snapshotter.daemon.showing import Mode
 from snapshotter.mounts import syscalls
 from snapshotter.mounts.errors import MountBusyError, MountError, MountPointError
 from snapshotter.mounts.mountpoint import check_mount_point
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from snapshotter.daemon.containerd import Containerd
     from snapshotter.daemon.images import Images
     from snapshotter.daemon.places import Places
+    from snapshotter.daemon.process import Stop
     from snapshotter.daemon.records import Records
     from snapshotter.fetch.stats import FetchStats
 
@@ -46,10 +49,10 @@ class Service:
         records: Records,
         nursery: trio.Nursery,
         *,
-        stop: Callable[[], None],
+        stop: Stop,
         stay: bool,
     ) -> None:
-        """`stop` ends the daemon. Without `stay` it ends by itself when it is `idle`."""
+        """Without `stay` the daemon ends by itself when it is `idle`."""
         self._places = places
         self._images = images
         self._records = records
@@ -64,7 +67,7 @@ class Service:
 
     @property
     def idle(self) -> bool:
-        return not self._mounts
+        return not self._mounts and self._images.none_open
 
     async def handle(
         self, request: protocol.Request, report: Callable[[protocol.Progress], None]
@@ -98,7 +101,10 @@ class Service:
             case protocol.StatusRequest():
                 return await self._status()
             case protocol.StopRequest():
-                self._stop()
+                self._stop.take_down()
+                return protocol.Unmounted(ending=True)
+            case protocol.HandOverRequest():
+                self._stop.leave()
                 return protocol.Unmounted(ending=True)
 
     async def close(self) -> None:
@@ -117,6 +123,7 @@ class Service:
     async def _mount(
         self, request: protocol.MountRequest, report: Callable[[protocol.Progress], None]
     ) -> Mount:
+        wanted = _mode(request.mode)
         mount = await self._claim(Path(request.target), request.reference)
         try:
             mount.image = await self._images.acquire(
@@ -126,7 +133,9 @@ class Service:
                 index=Path(request.index) if request.index else None,
                 report=report,
             )
-            await self._show(mount)
+            if wanted is Mode.NATIVE:
+                await self._wait_local(mount, report)
+            await self._show(mount, wanted)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._drop(mount)
@@ -152,17 +161,43 @@ class Service:
             raise
         return mount
 
-    async def _show(self, mount: Mount) -> None:
+    async def _show(self, mount: Mount, wanted: Mode | None) -> None:
         """PREPARING to SERVING. Not interrupted in the middle: it is short and local."""
         image = mount.image
         assert image is not None
-        record = MountRecord(str(mount.target), mount.reference, image.digest, image.view.slot)
-        source = self._places.mount / os.fsdecode(image.view.name)
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self._records.add, record)
+            mount.mode, source = await self._images.directory(image, wanted)
+            mount.why = image.shown.why if wanted is None else "asked for"
+            record = MountRecord(
+                target=str(mount.target),
+                reference=mount.reference,
+                digest=image.digest,
+                mode=mount.mode.value,
+            )
+            await trio.to_thread.run_sync(self._records.add_mount, record)
             await trio.to_thread.run_sync(syscalls.bind, source, mount.target)
+        self._serve(mount)
+
+    def _serve(self, mount: Mount) -> None:
         mount.become(MountState.SERVING)
         self._nursery.start_soon(self._watch, mount)
+
+    async def restore(self) -> None:
+        """Take over the mounts of a predecessor, whose images are open again."""
+        for record in self._records.mounts:
+            target = Path(record.target)
+            image = self._images.having(record.digest)
+            mounted = await trio.to_thread.run_sync(mount_at, target) is not None
+            if image is None or not mounted:
+                await trio.to_thread.run_sync(self._records.remove_mount, record.target)
+                if mounted:
+                    log.error("%s cannot be served any more; it is detached", target)
+                    await trio.to_thread.run_sync(partial(syscalls.unmount, target, detach=True))
+                continue
+            mount = self._mounts[target] = Mount(target, record.reference)
+            mount.image, mount.mode = image, Mode(record.mode)
+            image.users += 1
+            self._serve(mount)
 
     async def _watch(self, mount: Mount) -> None:
         """From SERVING on, when the background fill has ended."""
@@ -184,7 +219,7 @@ class Service:
                 await image.settled.wait()
         if image.view.refusal is not None:
             raise image.view.refusal
-        if image.local:
+        if image.local and mount.state is not MountState.PREPARING:
             await mount.ended_serving.wait()  # `_watch` has been told, too
         if not image.local or mount.state is MountState.GONE:
             raise MountError(
@@ -220,7 +255,7 @@ class Service:
             return
         mount.become(MountState.GONE)
         del self._mounts[mount.target]
-        await trio.to_thread.run_sync(self._records.remove, str(mount.target))
+        await trio.to_thread.run_sync(self._records.remove_mount, str(mount.target))
         if mount.image is not None:
             await self._images.release(mount.image)
 
@@ -249,6 +284,16 @@ class Service:
         )
 
 
+def _mode(text: str) -> Mode | None:
+    """The mode of that name; None for the best there is. Raises MountError."""
+    if text in ("", "auto"):
+        return None
+    try:
+        return Mode(text)
+    except ValueError:
+        raise MountError(f"there is no mode {text!r}", hint="auto, native, erofs, fuse") from None
+
+
 def _fetched(stats: FetchStats) -> dict[str, protocol.Fetched]:
     return {
         priority.name.lower(): protocol.Fetched(requests, stats.received_bytes[priority])
@@ -263,7 +308,8 @@ def _status_of(mount: Mount) -> protocol.MountStatus:
         reference=mount.reference,
         digest=image.digest if image else "",
         state=mount.state.value,
-        mode="fuse",
+        mode=mount.mode.value if mount.mode else "",
+        why=mount.why,
         local_bytes=image.fill.done_bytes if image else 0,
         total_bytes=image.fill.total_bytes if image else 0,
         problem=image.fill.problem if image else "",

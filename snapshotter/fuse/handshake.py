@@ -39,6 +39,10 @@ class HandshakeError(FirstByteError):
     """The kernel and the FUSE library do not agree, or one of them says something else."""
 
 
+RESEND = struct.pack("=IiQ", 16, 7, 0)
+"""A message to the kernel: fuse_out_header with FUSE_NOTIFY_RESEND in the place of an error."""
+
+
 class InitFlag(enum.IntFlag):
     """The flags that are decided here; all others pass as they are.
 

@@ -8,9 +8,10 @@ device nodes, as on the file system of an ordinary unpack).
 The handshake goes through here, too. libfuse starts on a socket, where it is given the kernel's
 FUSE_INIT and its answer is read; then the device takes the socket's place. So the kernel gets an
 answer that says more than libfuse 3.14 can (idmapped mounts), and a process that takes a mount over
-could start libfuse, although the kernel says FUSE_INIT only once:
+can start libfuse, although the kernel says FUSE_INIT only once:
 
-    open, mount ──► _Connection ──► _libfuse, on the device ──► _accept: answer FUSE_INIT ──► serve
+    open_mount ─┬─► Connection ──► _libfuse, on the device ──┬─► _accept: FUSE_INIT ──┬─► _answer
+    was kept  ──┘                                            └─► _ask_again: RESEND ──┘
 """
 
 from __future__ import annotations
@@ -61,38 +62,72 @@ _READY_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Connection:
+class Connection:
     """A mount as the kernel knows it: all that a process needs to serve it.
 
-    `device` is an open descriptor of /dev/fuse, non-blocking. `request` is what the kernel said
-    when it was mounted, once for ever.
+    `device` is an open descriptor of /dev/fuse, non-blocking. `init` is what the kernel said when
+    it was mounted, once for ever. It lives for as long as any process has the device open.
     """
 
     device: int
-    request: InitRequest
+    init: bytes
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is still mounted somewhere."""
+        poll = select.poll()
+        poll.register(self.device, select.POLLIN)
+        return not any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def open_mount(mountpoint: Path) -> Connection:
+    """Mount at `mountpoint`, an absolute path of a directory; nobody answers yet. Blocks.
+
+    Raises MountError.
+    """
+    device = _open_device()
+    try:
+        options = f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
+        syscalls.mount(str(mountpoint), mountpoint, FILE_SYSTEM, MountFlag.READ_ONLY, options)
+        try:
+            syscalls.make_private(mountpoint)
+            return Connection(device, _read_request(device))
+        except BaseException:
+            syscalls.unmount(mountpoint, detach=True)
+            raise
+    except BaseException:
+        os.close(device)
+        raise
+
+
+def close_mount(connection: Connection, mountpoint: Path) -> None:
+    """Unmount: programs that still use it get errors (ENOTCONN). Blocks."""
+    if mount_at(mountpoint) is not None:  # else somebody has unmounted it, which ended the session
+        syscalls.unmount(mountpoint, detach=True)
+    os.close(connection.device)  # the last of them ends what is still waiting
 
 
 async def serve(
     operations: Operations,
+    connection: Connection,
     mountpoint: Path,
     *,
+    resumed: bool,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Mount at `mountpoint` and answer the kernel until cancelled or unmounted from outside.
+    """Answer the kernel until cancelled, or unmounted from outside. Reports started when it does.
 
-    `mountpoint` is an absolute path of a directory. Reports started when the mount answers.
-    Raises MountError when it cannot be mounted. Whatever happens, the mount is gone at the end:
-    programs that still use it get errors (ENOTCONN).
+    `resumed` says that another process has answered before: what it has left unanswered is
+    delivered again, and its inode numbers and handles go on. When this is cancelled the mount
+    stays, and who uses it waits for somebody who resumes it. Raises MountError.
     """
-    connection = await trio.to_thread.run_sync(_open_and_mount, mountpoint)
-    try:
-        async with _libfuse(operations, connection) as reply:
-            _accept(connection, handshake.allow_idmap(reply, connection.request))
-            await _answer(mountpoint, task_status)
-    finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(_unmount, mountpoint)
-        os.close(connection.device)  # the last of them, which ends what is still waiting
+    request = handshake.parse_request(connection.init)
+    async with _libfuse(operations, connection.device, request) as reply:
+        if resumed:
+            _ask_again(connection.device)
+        else:
+            _accept(connection.device, handshake.allow_idmap(reply, request))
+        await _answer(mountpoint, task_status)
 
 
 async def forget_name(name: bytes) -> None:
@@ -111,7 +146,9 @@ async def forget_name(name: bytes) -> None:
 
 
 @asynccontextmanager
-async def _libfuse(operations: Operations, connection: _Connection) -> AsyncIterator[InitReply]:
+async def _libfuse(
+    operations: Operations, device: int, request: InitRequest
+) -> AsyncIterator[InitReply]:
     """pyfuse3, ready to serve the connection; yields its answer to FUSE_INIT, which is not sent.
 
     The answer is read from the other end of a socket. pyfuse3's tasks end before the device takes
@@ -127,8 +164,8 @@ async def _libfuse(operations: Operations, connection: _Connection) -> AsyncIter
             raise
         descriptor = stand_in.detach()  # pyfuse3.close closes it, whatever it is by then
         try:
-            reply = await _ask(kernel, connection.request)
-            os.dup2(connection.device, descriptor, inheritable=False)
+            reply = await _ask(kernel, request)
+            os.dup2(device, descriptor, inheritable=False)
         except BaseException:
             pyfuse3.close(unmount=False)
             raise
@@ -153,12 +190,24 @@ async def _ask(kernel: socket.socket, request: InitRequest) -> InitReply:
     return handshake.parse_reply(answer)
 
 
-def _accept(connection: _Connection, reply: InitReply) -> None:
+def _accept(device: int, reply: InitReply) -> None:
     """Answer FUSE_INIT; until then the kernel holds back all who use the mount."""
     try:
-        os.write(connection.device, reply.pack())
+        os.write(device, reply.pack())
     except OSError as error:
         raise MountError(f"the kernel takes no answer to FUSE_INIT: {error.strerror}") from error
+
+
+def _ask_again(device: int) -> None:
+    """Have those requests delivered again that were read and not answered (Linux 6.9)."""
+    try:
+        os.write(device, handshake.RESEND)
+    except OSError as error:
+        log.warning(
+            "who waited for the daemon that ended waits for ever: this kernel cannot repeat its "
+            "requests (%s)",
+            error.strerror,
+        )
 
 
 async def _answer(mountpoint: Path, task_status: trio.TaskStatus[None]) -> None:
@@ -178,29 +227,13 @@ async def _answer(mountpoint: Path, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
 
 
-def _open_and_mount(mountpoint: Path) -> _Connection:
-    device = _open_device()
-    try:
-        options = f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
-        syscalls.mount(str(mountpoint), mountpoint, FILE_SYSTEM, MountFlag.READ_ONLY, options)
-        try:
-            syscalls.make_private(mountpoint)
-            return _Connection(device, _read_request(device))
-        except BaseException:
-            syscalls.unmount(mountpoint, detach=True)
-            raise
-    except BaseException:
-        os.close(device)
-        raise
-
-
-def _read_request(device: int) -> InitRequest:
+def _read_request(device: int) -> bytes:
     """The kernel's FUSE_INIT, which mount(2) has put there before it returned."""
     poll = select.poll()
     poll.register(device, select.POLLIN)
     if not poll.poll(_READY_SECONDS * 1000):
         raise MountError("the kernel does not begin to speak FUSE")
-    return handshake.parse_request(os.read(device, handshake.REQUEST_BUFFER))
+    return os.read(device, handshake.REQUEST_BUFFER)
 
 
 def _open_device() -> int:
@@ -213,11 +246,6 @@ def _open_device() -> int:
             f"cannot open {_DEVICE}: {error.strerror}",
             hint="load the kernel module (modprobe fuse) or give the container the device",
         ) from error
-
-
-def _unmount(mountpoint: Path) -> None:
-    if mount_at(mountpoint) is not None:  # else somebody has unmounted it, which ended the session
-        syscalls.unmount(mountpoint, detach=True)
 
 
 def _tune(mountpoint: Path) -> None:

@@ -13,7 +13,7 @@ from snapshotter.nursery import open_nursery
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from index.erofs.reader import Image, Piece
+    from index.erofs.reader import Buffer, Inode, Piece
 
 Data = bytes | memoryview
 
@@ -46,10 +46,28 @@ class RawSpace(Protocol):
         """The bytes, fetched if they have to be. Raises FirstByteError."""
 
 
-class View:
-    """One image in the mount: its tree and its layers.
+class Tree(Protocol):
+    """What a view shows, as `index.erofs.reader.Image` documents it."""
 
-    `name` is the directory in the mount's root; `slot` names the view in inode numbers and is
+    @property
+    def root(self) -> int: ...
+    @property
+    def inode_count(self) -> int: ...
+    @property
+    def buffer(self) -> Buffer: ...
+    def inode(self, nid: int) -> Inode: ...
+    def lookup(self, nid: int, name: bytes) -> int | None: ...
+    def readdir(self, nid: int, start: int = 0) -> Iterator[tuple[int, bytes, int, int]]: ...
+    def readlink(self, nid: int) -> bytes: ...
+    def has_xattrs(self, nid: int) -> bool: ...
+    def xattrs(self, nid: int) -> dict[bytes, bytes]: ...
+    def map(self, nid: int, offset: int, length: int) -> list[Piece]: ...
+
+
+class View:
+    """One entry of the mount's root: the tree of an image, or a flat file.
+
+    `name` is the entry in the mount's root; `slot` names the view in inode numbers and is
     1 … MAX_SLOT. `reference` is what log lines call it. `raw_size` is
     the bytes of all layers' raw spaces. A `refusal` that is set is what
     every read raises from then on. The view owns neither image nor layers.
@@ -61,7 +79,7 @@ class View:
         name: bytes,
         slot: int,
         reference: str,
-        image: Image,
+        image: Tree,
         layers: Sequence[RawSpace],
         raw_size: int,
     ) -> None:

@@ -20,7 +20,7 @@ from index.erofs.writer import write
 from index.errors import FirstByteError
 from index.tree import Extent, Node
 from snapshotter.mounts import syscalls
-from snapshotter.mounts.erofs import in_memory, mount_erofs, new_erofs
+from snapshotter.mounts.erofs import mount_erofs, new_erofs
 from snapshotter.mounts.errors import MountError
 from snapshotter.mounts.loop import mount_erofs_on_loops
 
@@ -52,7 +52,7 @@ class Capabilities:
 
     `file_backed`: EROFS from plain files of the store. `fuse_backed`: from files of our own FUSE
     mount. `loop`: through loop devices. `overlay`: a container's writable layer in the store, above
-    an image. `memory`: an image's tree in memory, its layers in the store.
+    an image.
 
     `failed_reads`: a read of a plain file that fails half-way is an error. Kernels before 7.0, and
     their stable branches for some time, show zeros for the other half, and go on doing so. Where
@@ -64,7 +64,6 @@ class Capabilities:
     file_backed: str
     fuse_backed: str
     loop: str
-    memory: str
     overlay: str
     failed_reads: str
     layers: int
@@ -99,7 +98,6 @@ def probe(store: Path, served: Sample | None) -> Capabilities:
             file_backed=file_backed,
             fuse_backed=_try(served, mount_erofs, target) if served else "not tried",
             loop=loop,
-            memory=_try(stored, _mount_from_memory, target),
             overlay=(file_backed and loop) or _try_overlay(stored, mount, target),
             failed_reads=file_backed or _reason(lambda: _read_half(folder)),
             layers=0 if file_backed else _count_layers(folder, stored.layer),
@@ -147,11 +145,6 @@ def _try_overlay(sample: Sample, mount: Mounter, target: Path) -> str:
             _compare(file.read_bytes())
 
     return _reason(attempt)
-
-
-def _mount_from_memory(image: Path, devices: Sequence[Path], target: Path) -> None:
-    with in_memory(image.read_bytes()) as copy:
-        mount_erofs(copy, devices, target)
 
 
 @contextmanager

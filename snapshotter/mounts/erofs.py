@@ -2,7 +2,8 @@
 
 The kernel reads plain files since 6.12; before, all of them have to be block devices (`loop`). It
 needs more of a file system than shared memory gives, so an image on tmpfs is refused (a layer is
-not), and `in_memory` is the way to have one there.
+not). ext4 does not expect the way in which EROFS reads it: kernels with CONFIG_EXT4_DEBUG log a
+warning, once a boot (`ext4_check_map_extents_env`, seen on 6.18).
 
 Not used, because they were measured (Linux 6.18):
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ from snapshotter.mounts import syscalls
 from snapshotter.mounts.errors import MountError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 
 def mount_erofs(image: Path, devices: Sequence[Path], target: Path) -> None:
@@ -59,30 +60,6 @@ def new_erofs(image: Path, devices: Sequence[Path]) -> int:
         except MountError as error:
             error.hint = error.hint or _hint(error.errno)
             raise
-
-
-@contextmanager
-def in_memory(image: bytes | memoryview) -> Iterator[Path]:
-    """A file in memory that holds an image, for mounts that are made while the block lasts.
-
-    The file lives as long as the longest of them, whatever becomes of this process; nothing is to
-    be cleaned up. Its pages are never evicted nor swapped. Raises MountError.
-
-    ext4 does not expect the way in which EROFS reads an image's tree: kernels that have
-    CONFIG_EXT4_DEBUG log a warning, once (`ext4_check_map_extents_env`, seen on 6.18). The layers
-    are read in another way.
-    """
-    folder = syscalls.new_tree("ramfs", (), read_only=False)
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        descriptor = os.open("image", flags, 0o400, dir_fd=folder)
-        with open(descriptor, "wb", buffering=0) as file:
-            left = memoryview(image)
-            while left:
-                left = left[file.write(left) :]
-            yield Path(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(folder)
 
 
 def _option(path: Path, stack: ExitStack) -> Path:

@@ -48,8 +48,19 @@ class IndexStore:
         """Make an index that was `put` durable. Raises StoreError."""
         sync_file(self._path(digest))
 
+    def tree(self, digest: bytes, data: bytes | memoryview) -> Path:
+        """An index's EROFS image as a file of its own, written if it is not there yet.
+
+        Raises StoreError.
+        """
+        path = self._path(digest).with_suffix(".erofs")
+        if not path.exists():
+            write_file(path, [data])
+        return path
+
     def remove(self, digest: bytes) -> None:
         """Forget an index; one that is not there is fine. Raises StoreError."""
+        remove_file(self._path(digest).with_suffix(".erofs"))
         remove_file(self._path(digest))
 
     def _path(self, digest: bytes) -> Path:

@@ -19,6 +19,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from index.erofs.layout import BLOCK_SIZE
 from index.errors import IntegrityError
 from index.tables import CHUNK_SIZE
 from snapshotter.store.durable import (
@@ -62,6 +63,8 @@ class StoredLayer:
         self._unsynced_clears = False
         self._next_complaint = 0.0
         self._names_synced = False
+        # The kernel's EROFS reads the file in whole blocks, or not at all (EIO).
+        self._file_size = table.raw_size + -table.raw_size % BLOCK_SIZE
         try:
             directory.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
@@ -70,8 +73,8 @@ class StoredLayer:
         self._presence = PresenceFile(directory / "present", table)
         try:
             self._raw = os.open(self.raw_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            if os.fstat(self._raw).st_size != table.raw_size:
-                os.ftruncate(self._raw, table.raw_size)
+            if os.fstat(self._raw).st_size != self._file_size:
+                os.ftruncate(self._raw, self._file_size)
         except OSError as error:
             self._presence.close()
             raise store_error(error, self.raw_path, "cannot open") from error
@@ -273,6 +276,11 @@ class StoredLayer:
             return self._diff_id_path.read_bytes()
         except OSError:
             return None
+
+    @property
+    def proven(self) -> bool:
+        """Whether all of the layer is here, and was found to be what its table says."""
+        return self.complete and self.proven_diff_id == self.table.diff_id
 
     def record_diff_id(self, diff_id: bytes) -> None:
         """Remember durably what a complete layer hashes to. Raises StoreError."""

@@ -25,6 +25,6 @@ def test_a_pod_runs_on_a_lazy_image(any_lazy_node: LazyNode, shell_image: str) -
         done = container.execute("sh", "-c", "echo hello >/x; cat /x; cat /proc/self/mounts")
         assert done.stdout.startswith("hello\noverlay / overlay")
         (lower,) = (option for option in done.stdout.split(",") if option.startswith("lowerdir="))
-        assert lower.startswith(f"lowerdir={any_lazy_node.here.state}/fs/")
+        assert lower.startswith(f"lowerdir={any_lazy_node.here.state}/views/")
         assert ":" not in lower, "one lower directory"
     any_lazy_node.cri.remove_image(shell_image)

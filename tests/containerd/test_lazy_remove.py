@@ -116,7 +116,6 @@ def test_layers_stay_while_another_image_has_them(
     assert store.asked_by_us() == []
 
 
-@pytest.mark.xfail(strict=True, reason="an image's data goes with the last of its snapshots only")
 def test_layers_go_that_no_other_image_has(
     node: LazyNode, image: PushedImage, sibling: PushedImage
 ) -> None:

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.fixture(params=["fuse", "erofs", "native"])
+def here(here: Instance, request: pytest.FixtureRequest) -> Instance:
+    """An instance that mounts in one mode: all of them show the same."""
+    here.mode = request.param
+    return here
+
+
 @pytest.fixture(scope="module")
 def awkward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layout = tmp_path_factory.mktemp("awkward") / "layout"

@@ -16,7 +16,7 @@ import pytest
 from index.erofs.writer import write
 from index.tree import Extent
 from snapshotter.mounts import syscalls
-from snapshotter.mounts.erofs import in_memory, mount_erofs, new_erofs
+from snapshotter.mounts.erofs import mount_erofs, new_erofs
 from snapshotter.mounts.errors import MountError, MountPointError
 from snapshotter.mounts.syscalls import MountFlag
 from snapshotter.mounts.table import mount_at, read_mounts
@@ -229,25 +229,6 @@ def test_the_kernels_own_words_are_told(nothing_stays: None) -> None:
 def test_a_file_system_that_the_kernel_has_not_is_named() -> None:
     with pytest.raises(MountError, match="no file system nosuchfs: load it: modprobe nosuchfs"):
         syscalls.new_tree("nosuchfs", [], read_only=True)
-
-
-def test_an_image_in_memory_lives_as_long_as_its_mount(
-    sample: tuple[Path, list[Path]], target: Path, nothing_stays: None
-) -> None:
-    image, devices = sample
-    data = image.read_bytes()
-    image.unlink()
-    with in_memory(memoryview(data)) as copy:
-        mount_erofs(copy, devices, target)
-    assert not copy.exists()
-    assert_shows_contents(target)
-
-
-def test_an_image_in_memory_is_gone_if_it_is_not_mounted(
-    sample: tuple[Path, list[Path]], nothing_stays: None
-) -> None:
-    with pytest.raises(MountError, match="makes no erofs"), in_memory(bytes(8192)) as copy:
-        new_erofs(copy, sample[1])
 
 
 def test_an_image_can_be_mounted_from_files_that_this_process_serves(

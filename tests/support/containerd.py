@@ -148,6 +148,8 @@ class RunningContainerd:
 
     def log(self) -> str:
         """The last lines of its log."""
+        if not self._log.exists():  # it was closed
+            return ""
         lines = self._log.read_text(errors="replace").splitlines()
         return "\n".join(lines[-_LAST_LINES:])
 

@@ -44,6 +44,7 @@ class Instance:
         self.base = base
         self.root = base / "root"
         self.state = base / "state"
+        self.mode = "auto"
         self._foreground: list[subprocess.Popen[bytes]] = []
 
     def command(self, *arguments: str | Path) -> list[str]:
@@ -80,7 +81,7 @@ class Instance:
     def mounted(self, reference: str, *options: str) -> Iterator[Path]:
         """An image's tree, for as long as the block runs."""
         target = self.directory("tree")
-        self.succeed("mount", reference, target, *options)
+        self.succeed("mount", reference, target, "--mode", self.mode, *options)
         try:
             yield target
         finally:
@@ -100,14 +101,33 @@ class Instance:
         prefix = os.fsencode(self.base) + b"/"
         return [entry for entry in read_mounts() if entry.point.startswith(prefix)]
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self, *options: str) -> subprocess.Popen[bytes]:
         """A daemon in the foreground that answers already."""
-        process = subprocess.Popen(
-            self.command("daemon"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        self.state.mkdir(mode=0o700, exist_ok=True)
+        with (self.state / "daemon.log").open("ab") as log:
+            process = subprocess.Popen(
+                self.command("daemon", *options), stdout=subprocess.DEVNULL, stderr=log
+            )
         self._foreground.append(process)
-        wait_until(lambda: (self.state / "firstbyte-control.sock").exists() or process.poll())
+        wait_until(lambda: process.poll() is not None or self._answers(process))
         return process
+
+    def _answers(self, process: subprocess.Popen[bytes]) -> bool:
+        return bool(self.status()["pid"] == process.pid)
+
+    def holders(self) -> list[int]:
+        """The processes that hold descriptors for this instance's daemons."""
+        address = os.fsencode(self.state / "holder.sock")
+        found = []
+        for line in Path("/proc/net/unix").read_bytes().splitlines():
+            if line.endswith(b" " + address):
+                inode = line.split()[6]
+                found += [
+                    int(link.parts[2])
+                    for link in Path("/proc").glob("[0-9]*/fd/*")
+                    if _target(link) == b"socket:[" + inode + b"]"
+                ]
+        return sorted(set(found) - {process.pid for process in self._foreground})
 
     def clean(self) -> None:
         """End and unmount whatever a failed test has left."""
@@ -115,7 +135,7 @@ class Instance:
             if process.poll() is None:
                 process.kill()
             process.communicate()
-        for pid in self._daemons():
+        for pid in [*self._daemons(), *self.holders()]:
             os.kill(pid, signal.SIGKILL)
         for entry in reversed(self.mounts()):
             syscalls.unmount(Path(os.fsdecode(entry.point)), detach=True)
@@ -134,6 +154,13 @@ class Instance:
 
     def has_daemon(self) -> bool:
         return bool(self._daemons())
+
+
+def _target(link: Path) -> bytes:
+    try:
+        return os.fsencode(os.readlink(link))
+    except OSError:  # closed meanwhile
+        return b""
 
 
 def wait_until(condition: Any) -> None:

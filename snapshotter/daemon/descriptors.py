@@ -1,0 +1,152 @@
+"""Descriptors that outlive the daemon: the FUSE session, and the socket that containerd knows.
+
+Under systemd they are in its descriptor store (sd_notify(3), FDSTORE), which the unit turns on.
+Else a holder process has them, of which there is one a state directory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from snapshotter.daemon import holder
+from snapshotter.daemon.errors import DaemonError
+from snapshotter.daemon.notify import notify, under_systemd
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+
+_FIRST = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
+_ANSWER_SECONDS = 10.0
+_MESSAGE = 4096
+_DESCRIPTORS = 64
+
+
+class DescriptorStore(Protocol):
+    """Methods block shortly, and raise DaemonError."""
+
+    def keep(self, name: str, descriptor: int) -> None:
+        """Have a copy kept until `forget`; the descriptor stays the caller's."""
+
+    def forget(self, name: str) -> None:
+        """Give the copy up; one that is not there is fine."""
+
+    def kept(self) -> dict[str, int]:
+        """Descriptors that a predecessor had kept, to be closed by the caller. Once a process."""
+
+
+def descriptor_store(state: Path) -> DescriptorStore:
+    """systemd's if it has one for this service, else the holder's."""
+    if under_systemd() and "FDSTORE" in os.environ:
+        return SystemdStore()
+    return Holder(state / "holder.sock")
+
+
+class SystemdStore:
+    """The descriptor store of the service manager."""
+
+    def keep(self, name: str, descriptor: int) -> None:
+        self.forget(name)  # systemd keeps several of a name
+        # Without polling: the store would drop a FUSE device that has an event.
+        notify(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", [descriptor])
+
+    def forget(self, name: str) -> None:
+        notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def kept(self) -> dict[str, int]:
+        if os.environ.pop("LISTEN_PID", "") != str(os.getpid()):
+            return {}
+        names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+        count = int(os.environ.pop("LISTEN_FDS", "0"))
+        found = dict(zip(names, range(_FIRST, _FIRST + count), strict=False))
+        for descriptor in found.values():
+            os.set_inheritable(descriptor, False)
+        return found
+
+
+class Holder:
+    """The process that keeps descriptors where no service manager does."""
+
+    def __init__(self, address: Path) -> None:
+        self._address = address
+
+    def keep(self, name: str, descriptor: int) -> None:
+        connection = self._connect() or self._start()
+        with connection:
+            self._ask(connection, b"K" + name.encode(), descriptor)
+
+    def forget(self, name: str) -> None:
+        connection = self._connect()
+        if connection is not None:
+            with connection:
+                self._ask(connection, b"F" + name.encode())
+
+    def kept(self) -> dict[str, int]:
+        connection = self._connect()
+        if connection is None:
+            return {}
+        with connection:
+            connection.send(b"A")
+            names, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE, _DESCRIPTORS)
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
+        return dict(zip(names.decode().split("\0"), descriptors, strict=False))
+
+    def _connect(self) -> socket.socket | None:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.settimeout(_ANSWER_SECONDS)
+        try:
+            connection.connect(os.fspath(self._address))
+        except (FileNotFoundError, ConnectionRefusedError):
+            connection.close()
+            return None
+        except OSError as error:
+            connection.close()
+            raise DaemonError(f"cannot reach the holder at {self._address}: {error}") from error
+        return connection
+
+    def _ask(self, connection: socket.socket, message: bytes, *descriptors: int) -> None:
+        try:
+            socket.send_fds(connection, [message], descriptors)
+            answer = connection.recv(_MESSAGE)
+        except OSError as error:
+            raise DaemonError(f"the holder at {self._address} does not answer: {error}") from error
+        if answer != b"ok":
+            raise DaemonError(f"the holder at {self._address} refuses {message!r}")
+
+    def _start(self) -> socket.socket:
+        """Start a holder, in a session of its own, and connect to it."""
+        self._address.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            previous = os.umask(0o177)
+            try:
+                listener.bind(os.fspath(self._address))
+            except OSError as error:
+                raise DaemonError(f"cannot listen at {self._address}: {error}") from error
+            finally:
+                os.umask(previous)
+            listener.listen()
+            subprocess.run(
+                ["setsid", "--fork", *_command()],
+                stdin=listener.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                check=True,
+            )
+        connection = self._connect()
+        if connection is None:
+            raise DaemonError(f"the holder at {self._address} ended right after its start")
+        return connection
+
+
+def _command() -> Iterator[str]:
+    """Isolated and without site-packages, it starts in 10 ms and takes few megabytes."""
+    yield from (sys.executable, "-I", "-S", os.fspath(Path(holder.__file__)))

@@ -1,0 +1,89 @@
+"""What passes from one daemon to the next: the FUSE session, and containerd's socket.
+
+Both are kept outside of the process (`descriptors`), so whoever waits for them goes on waiting when
+it dies, and the next daemon answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import trio
+
+from snapshotter.daemon.leftovers import detach_dead_mounts
+from snapshotter.daemon.server import listen
+from snapshotter.fuse.session import Connection, close_mount, open_mount
+from snapshotter.mounts.table import mount_at
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from snapshotter.daemon.descriptors import DescriptorStore
+    from snapshotter.daemon.places import Places
+    from snapshotter.daemon.records import Records
+
+log = logging.getLogger(__name__)
+
+_FUSE = "fuse"
+_CONTAINERD = "containerd"
+
+
+class Inheritance:
+    """The descriptors of a daemon, and what its predecessor left. Methods block."""
+
+    def __init__(self, places: Places, store: DescriptorStore, records: Records) -> None:
+        """Raises DaemonError."""
+        self._places = places
+        self._store = store
+        self._records = records
+        self._left = store.kept()
+
+    def mount(self) -> tuple[Connection, bool]:
+        """The FUSE mount, and whether it is a predecessor's that goes on. Raises MountError."""
+        places = self._places
+        device = self._left.pop(_FUSE, None)
+        if device is not None:
+            os.set_blocking(device, False)
+            connection = Connection(device, self._records.init)
+            if connection.init and connection.alive and mount_at(places.mount) is not None:
+                log.info("going on with the file system of a daemon that has ended")
+                return connection, True
+            log.warning("the file system of a daemon that has ended is gone, too")
+            os.close(device)
+        detach_dead_mounts(places)
+        places.mount.mkdir(mode=0o700, exist_ok=True)
+        connection = open_mount(places.mount)
+        try:
+            self._records.start_afresh(connection.init)
+            self._store.keep(_FUSE, connection.device)
+        except BaseException:
+            close_mount(connection, places.mount)
+            raise
+        return connection, False
+
+    def unmount(self, connection: Connection) -> None:
+        """Give the mount up, for everybody."""
+        self._records.start_afresh(b"")
+        self._store.forget(_FUSE)
+        close_mount(connection, self._places.mount)
+
+    def containerd_listener(self, address: Path) -> trio.SocketListener:
+        """The socket that containerd connects to. Raises DaemonError."""
+        descriptor = self._left.pop(_CONTAINERD, None)
+        if descriptor is not None:
+            left = socket.socket(fileno=descriptor)
+            if left.getsockname() == os.fspath(address) and address.is_socket():
+                return trio.SocketListener(trio.socket.from_stdlib_socket(left))
+            left.close()
+        listener = listen(address)
+        self._store.keep(_CONTAINERD, listener.socket.fileno())
+        return listener
+
+    def close_containerd_listener(self, listener: trio.SocketListener, address: Path) -> None:
+        """Give the socket up, for everybody."""
+        listener.socket.close()
+        self._store.forget(_CONTAINERD)
+        address.unlink(missing_ok=True)

@@ -1,0 +1,326 @@
+"""How open images are shown: by FUSE alone, by the kernel's EROFS on top of it, or without us.
+
+Every view is in the FUSE mount, where the daemon serves its tree, and beside it are the flat files
+that the kernel's EROFS takes: its EROFS image, and the raw space of each layer. EROFS mounts are
+made when somebody wants one, at `<state>/views`. When an image is fully local, those who come from
+then on get a mount on the store's own files; the others keep what they have.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from typing import TYPE_CHECKING
+
+import trio
+
+from snapshotter.daemon.records import FIRST_SLOT
+from snapshotter.fetch.errors import FetchError
+from snapshotter.fuse import session
+from snapshotter.fuse.flat import FlatFile
+from snapshotter.fuse.view import View
+from snapshotter.mounts import syscalls
+from snapshotter.mounts.capabilities import SAMPLE_LAYER, Capabilities, Sample, probe, sample_image
+from snapshotter.mounts.erofs import mount_erofs
+from snapshotter.mounts.errors import MountError
+from snapshotter.mounts.loop import mount_erofs_on_loops
+from snapshotter.mounts.table import mount_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from index.errors import FirstByteError
+    from index.file import FileIndex
+    from snapshotter.daemon.places import Places
+    from snapshotter.daemon.records import Records, ViewRecord
+    from snapshotter.fetch.layer import LazyLayer
+    from snapshotter.fuse.view import Data, RawSpace, Tree, Views
+
+    Mounter = Callable[[Path, Sequence[Path], Path], None]
+
+log = logging.getLogger(__name__)
+
+_IMAGE = ".erofs"  # ends the name of the flat file with a view's EROFS image
+_RAW = ".raw"  # ends the name of the flat file with a layer's raw space
+_NATIVE = ".native"  # ends the name of a mount on the store's own files
+
+_SAMPLE = {".sample.erofs": sample_image(), ".sample.raw": SAMPLE_LAYER}
+_PROBE_SECONDS = 30.0  # it takes 35 ms; a machine that starts is busy
+
+
+class _CannotError(MountError):
+    """This kernel cannot, whichever image it is."""
+
+
+class Mode(enum.Enum):
+    """Who is between a container and its files."""
+
+    FUSE = "fuse"  # the daemon, for everything
+    EROFS = "erofs"  # the kernel; the daemon for data that is not in its caches
+    NATIVE = "native"  # the kernel and the disk
+
+
+class SharedSpace:
+    """A layer's raw space, as those images have it that are open: any of them will do."""
+
+    def __init__(self) -> None:
+        self.layers: list[LazyLayer] = []
+
+    def read_now(self, offset: int, length: int) -> Data | None:
+        return self.layers[0].read_now(offset, length)
+
+    async def read(self, offset: int, length: int) -> Data:
+        while True:
+            layer = self.layers[0]
+            try:
+                return await layer.read(offset, length)
+            except FetchError:
+                if layer in self.layers[:1]:
+                    raise  # else its image was closed meanwhile, and another one has the layer
+
+
+class Shown:
+    """One image in the FUSE mount. Made by `Showing`.
+
+    `why` says in one line why it is not shown in a better mode, or is empty.
+    """
+
+    def __init__(
+        self, index: FileIndex, view: View, flat: View, layers: Sequence[LazyLayer]
+    ) -> None:
+        self.index = index
+        self.view = view
+        self.flat = flat
+        self.name = view.name.decode()
+        self.layers = layers
+        self.mounted: dict[Mode, Path] = {}
+        self.why = ""
+        self.lock = trio.Lock()
+
+    @property
+    def mode(self) -> Mode:
+        """The best mode that somebody has asked for so far."""
+        return next((mode for mode in (Mode.NATIVE, Mode.EROFS) if mode in self.mounted), Mode.FUSE)
+
+
+class Showing:
+    """All images that are shown. For the trio thread."""
+
+    def __init__(
+        self,
+        places: Places,
+        views: Views,
+        records: Records,
+        *,
+        write_tree: Callable[[FileIndex], Path],
+    ) -> None:
+        """`write_tree` gives an index's EROFS image as a file of its own. It blocks."""
+        self._places = places
+        self._views = views
+        self._records = records
+        self._write_tree = write_tree
+        self._capabilities: Capabilities | None = None
+        self._probing = trio.Lock()
+        self._changing = trio.Lock()  # images share flat files, and come and go meanwhile
+        self._spaces: dict[str, tuple[View, SharedSpace]] = {}  # by the flat file's name
+
+    async def add(
+        self,
+        name: str,
+        reference: str,
+        index: FileIndex,
+        layers: Sequence[LazyLayer],
+        record: Callable[[list[str]], ViewRecord],
+    ) -> Shown:
+        """Show an image in the FUSE mount, as a tree and as flat files.
+
+        `record` makes what a successor has to know, given the names; it is on disk when this
+        returns. Raises DaemonError.
+        """
+        async with self._changing:
+            return await self._add(name, reference, index, layers, record)
+
+    async def _add(
+        self,
+        name: str,
+        reference: str,
+        index: FileIndex,
+        layers: Sequence[LazyLayer],
+        record: Callable[[list[str]], ViewRecord],
+    ) -> Shown:
+        raw_names = [table.content_key.hex() + _RAW for table in index.layers]
+        names = list(dict.fromkeys([name, name + _IMAGE, *raw_names]))
+        slots = await trio.to_thread.run_sync(self._records.open_view, name, record(names))
+
+        def view(entry: str, image: Tree, spaces: Sequence[RawSpace], raw_size: int = 0) -> View:
+            made = View(
+                name=entry.encode(),
+                slot=slots[entry],
+                reference=reference,
+                image=image,
+                layers=spaces,
+                raw_size=raw_size,
+            )
+            self._views.add(made)
+            return made
+
+        tree = view(name, index.tree, layers, sum(table.raw_size for table in index.layers))
+        buffer = index.tree.buffer
+        flat = view(name + _IMAGE, FlatFile(len(buffer), buffer), ())
+        for entry, layer in zip(raw_names, layers, strict=True):
+            if entry not in self._spaces:
+                space = SharedSpace()
+                raw = view(entry, FlatFile(layer.table.raw_size), [space])
+                self._spaces[entry] = raw, space
+            self._spaces[entry][1].layers.append(layer)
+        return Shown(index, tree, flat, layers)
+
+    async def directory(
+        self, shown: Shown, *, local: bool, wanted: Mode | None
+    ) -> tuple[Mode, Path]:
+        """Where to find an image, in the mode that is `wanted` or else in the best there is.
+
+        `local` says that all of it is on this node, and proven. Raises MountError if it cannot be
+        shown in the mode that is wanted.
+        """
+        async with shown.lock:
+            if wanted is not None:
+                return wanted, await self._directory(shown, wanted)
+            if not local:
+                shown.why = "not all of it is on this node yet"
+            for mode in (Mode.NATIVE, Mode.EROFS) if local else (Mode.EROFS,):
+                try:
+                    return mode, await self._directory(shown, mode)
+                except _CannotError as error:
+                    shown.why = str(error)
+                except MountError as error:
+                    log.warning("%s cannot be shown in mode %s: %s", shown.name, mode.value, error)
+                    shown.why = str(error)
+            return Mode.FUSE, await self._directory(shown, Mode.FUSE)
+
+    async def capabilities(self) -> Capabilities:
+        """What this kernel can do for us, tried once. For when the FUSE mount is served."""
+        async with self._probing:
+            if self._capabilities is None:
+                samples = [_sample(slot, name) for slot, name in enumerate(_SAMPLE, 1)]
+                for view in samples:
+                    self._views.add(view)
+                try:
+                    sample = Sample(*(self._places.mount / name for name in _SAMPLE))
+                    with trio.fail_after(_PROBE_SECONDS):
+                        self._capabilities = await trio.to_thread.run_sync(
+                            probe, self._places.root, sample, abandon_on_cancel=True
+                        )
+                finally:
+                    for view in samples:
+                        self._views.remove(view)
+                log.info("the kernel: %s", self._capabilities)
+        return self._capabilities
+
+    async def remove(self, shown: Shown) -> None:
+        """Stop showing an image; those who still use a mount of the kernel's keep it, but nobody
+        answers what it asks."""
+        async with self._changing:
+            for mode in (Mode.NATIVE, Mode.EROFS):  # a predecessor may have made them
+                await trio.to_thread.run_sync(_unmount, self._mount_point(shown, mode))
+            await self._remove(shown)
+
+    async def _remove(self, shown: Shown) -> None:
+        gone = [shown.view, shown.flat]
+        for layer in shown.layers:
+            entry = layer.table.content_key.hex() + _RAW
+            flat, space = self._spaces[entry]
+            space.layers.remove(layer)
+            if not space.layers:
+                del self._spaces[entry]
+                gone.append(flat)
+        await trio.to_thread.run_sync(self._records.close_view, shown.name)
+        for view in gone:
+            self._views.remove(view)
+            await session.forget_name(view.name)
+
+    def refuse(self, shown: Shown, error: FirstByteError) -> None:
+        """Let every read of an image fail from now on, as far as the kernel asks."""
+        shown.view.refusal = shown.flat.refusal = error
+        for layer in shown.layers:
+            flat, space = self._spaces[layer.table.content_key.hex() + _RAW]
+            if all(other in shown.layers for other in space.layers):
+                flat.refusal = error
+
+    async def _directory(self, shown: Shown, mode: Mode) -> Path:
+        if mode is Mode.FUSE:
+            return self._places.mount / shown.name
+        if mode not in shown.mounted:
+            mount = await self._mounter(mode, len(shown.layers))
+            image, devices = await self._files(shown, mode)
+            point = self._mount_point(shown, mode)
+            await trio.to_thread.run_sync(_mount, mount, image, devices, point)
+            shown.mounted[mode] = point
+        return shown.mounted[mode]
+
+    async def _mounter(self, mode: Mode, layers: int) -> Mounter:
+        """How to mount in a mode. Raises _CannotError if this kernel cannot."""
+        can = await self.capabilities()
+        if not layers:
+            raise _CannotError("it has no layers")
+        if mode is Mode.EROFS:
+            if reason := can.fuse_backed or can.failed_reads:
+                raise _CannotError(reason)
+            if layers > can.layers:
+                raise _CannotError(f"the kernel takes {can.layers} layers, it has {layers}")
+        elif not (can.file_backed or can.failed_reads) and layers <= can.layers:
+            return mount_erofs
+        elif can.loop:
+            raise _CannotError(can.loop)
+        else:
+            return mount_erofs_on_loops
+        return mount_erofs
+
+    async def _files(self, shown: Shown, mode: Mode) -> tuple[Path, list[Path]]:
+        """A view's EROFS image and its devices, over FUSE or in the store."""
+        if mode is Mode.EROFS:
+            names = [layer.table.content_key.hex() + _RAW for layer in shown.layers]
+            root = self._places.mount
+            return root / f"{shown.name}{_IMAGE}", [root / name for name in names]
+        image = await trio.to_thread.run_sync(self._write_tree, shown.index)
+        return image, [layer.stored.raw_path for layer in shown.layers]
+
+    def _mount_point(self, shown: Shown, mode: Mode) -> Path:
+        return self._places.views / (shown.name + (_NATIVE if mode is Mode.NATIVE else ""))
+
+
+def _sample(slot: int, name: str) -> View:
+    assert slot < FIRST_SLOT
+    data = _SAMPLE[name]
+    return View(
+        name=name.encode(),
+        slot=slot,
+        reference="the sample of what the kernel can do",
+        image=FlatFile(len(data), data),
+        layers=(),
+        raw_size=0,
+    )
+
+
+def _mount(mount: Mounter, image: Path, devices: Sequence[Path], point: Path) -> None:
+    """Mount an EROFS image, unless a predecessor has done it."""
+    if mount_at(point) is not None:
+        return
+    point.mkdir(parents=True, mode=0o700, exist_ok=True)
+    try:
+        mount(image, devices, point)
+    except BaseException:
+        point.rmdir()
+        raise
+
+
+def _unmount(point: Path) -> None:
+    if not point.exists():
+        return
+    try:
+        if mount_at(point) is not None:
+            syscalls.unmount(point, detach=True)
+        point.rmdir()
+    except (MountError, OSError) as error:
+        log.warning("%s is left: %s", point, error)
