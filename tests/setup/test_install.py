@@ -132,7 +132,7 @@ def test_completion_of_commands(dest: Path) -> None:
 def test_another_prefix(tmp_path: Path) -> None:
     succeed("install", tmp_path, PREFIX="/opt/firstbyte")
     unit = (tmp_path / "etc/systemd/system/firstbyte.service").read_text()
-    assert "\nExecStart=/opt/firstbyte/bin/firstbyte daemon\n" in unit
+    assert "\nExecStart=/opt/firstbyte/bin/firstbyte daemon --replace\n" in unit
     assert "/usr/local" not in unit
     assert (tmp_path / "etc/tmpfiles.d/firstbyte.conf").exists()
     assert (tmp_path / "opt/firstbyte/bin/firstbyte").is_file()
@@ -275,7 +275,6 @@ def node(dest: Path, base: Path) -> Iterator[Node]:
     (base / "lib").mkdir()
     (base / "log").touch()
     unit = (dest / "usr/local/lib/systemd/system/firstbyte.service").read_text()
-    unit = unit.replace("Type=notify", "Type=exec").replace("WatchdogSec=60\n", "")
     output = f"append:{base}/log"
     log = f"[Service]\nStandardOutput={output}\nStandardError={output}\n"
     units = {"firstbyte.service": unit, "firstbyte.service.d/log.conf": log}
@@ -323,7 +322,8 @@ def test_a_daemon_that_is_killed_is_started_again(dest: Path, tmp_path: Path) ->
 
 @pytest.mark.root
 def test_an_upgrade_takes_effect_with_a_restart(dest: Path, tmp_path: Path) -> None:
-    """Until then the daemon has its own program, of which it may not have loaded all."""
+    """Until then the daemon has its own program, of which it may not have loaded all. What is
+    mounted, and read, goes on over the restart, and when the daemon is killed."""
     copy = tmp_path / "copy"
     shutil.copytree(dest, copy, symlinks=True)
     write_layout(tmp_path / "image", [tars.tar(tars.file(b"name", b"content\n"))])
@@ -333,10 +333,18 @@ def test_an_upgrade_takes_effect_with_a_restart(dest: Path, tmp_path: Path) -> N
         assert here.program() == "venv-1"
         succeed("install", copy)
         assert here.program() == "venv-1"
-        here.run("firstbyte", "mount", f"oci:{tmp_path}/image", target)
+        here.run("firstbyte", "mount", "--mode", "fuse", f"oci:{tmp_path}/image", target)
         assert here.run("cat", target / "name").stdout == "content\n"
         wait_until(lambda: "is local" in here.log())
-        here.run("firstbyte", "umount", target)
         here.run("systemctl", "restart", "firstbyte")
         assert here.program() == "venv-2"
-        here.wait_ready()
+        here.run("sh", "-c", "echo 3 >/proc/sys/vm/drop_caches")
+        assert here.run("cat", target / "name").stdout == "content\n"
+        pid = here.manager.show("firstbyte", "MainPID")
+        here.run("kill", "-9", pid)
+        wait_until(lambda: here.manager.show("firstbyte", "MainPID") not in ("0", pid))
+        here.run("sh", "-c", "echo 3 >/proc/sys/vm/drop_caches")
+        assert here.run("cat", target / "name").stdout == "content\n"
+        assert here.log().count("going on with the file system") == 2
+        wait_until(lambda: here.manager.show("firstbyte", "ActiveState") == "active")
+        here.run("firstbyte", "umount", target)
