@@ -23,6 +23,10 @@ FIRST_SLOT = 3
 """Slots below are of the daemon's own files in the FUSE mount, the same in every process."""
 
 
+NATIVE = "native"
+"""The mode of mounts that need no FUSE mount."""
+
+
 class MountRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A mount at the directory `target`: which image (`digest` is its manifest's), and how."""
 
@@ -90,9 +94,10 @@ class Records:
             return self._file.init
 
     def start_afresh(self, init: bytes) -> None:
-        """Forget everything: there is a new FUSE mount, in which no slot was used."""
+        """Forget what a FUSE mount showed: there is a new one, in which no slot was used."""
         with self._lock:
-            self._file = _File(init=init)
+            native = [mount for mount in self._file.mounts if mount.mode == NATIVE]
+            self._file = _File(init=init, mounts=native)
             self._write()
 
     def open_view(self, name: str, view: ViewRecord) -> dict[str, int]:

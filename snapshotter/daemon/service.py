@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from index.errors import FirstByteError
 from snapshotter.daemon import protocol
 from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.mounts import Mount, MountState
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from snapshotter.daemon.containerd import Containerd
     from snapshotter.daemon.images import Images
+    from snapshotter.daemon.open_image import OpenImage
     from snapshotter.daemon.places import Places
     from snapshotter.daemon.process import Stop
     from snapshotter.daemon.records import Records
@@ -186,9 +188,9 @@ class Service:
         """Take over the mounts of a predecessor, whose images are open again."""
         for record in self._records.mounts:
             target = Path(record.target)
-            image = self._images.having(record.digest)
             mounted = await trio.to_thread.run_sync(mount_at, target) is not None
-            if image is None or not mounted:
+            image = await self._restored(record) if mounted else None
+            if image is None:
                 await trio.to_thread.run_sync(self._records.remove_mount, record.target)
                 if mounted:
                     log.error("%s cannot be served any more; it is detached", target)
@@ -196,8 +198,15 @@ class Service:
                 continue
             mount = self._mounts[target] = Mount(target, record.reference)
             mount.image, mount.mode = image, Mode(record.mode)
-            image.users += 1
             self._serve(mount)
+
+    async def _restored(self, record: MountRecord) -> OpenImage | None:
+        """The image of a mount, for one user more; None if it is gone."""
+        try:
+            return await self._images.open_known(record.digest)
+        except FirstByteError as error:
+            log.error("%s at %s: %s", record.reference, record.target, error)
+            return None
 
     async def _watch(self, mount: Mount) -> None:
         """From SERVING on, when the background fill has ended."""

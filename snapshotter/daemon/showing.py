@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from snapshotter.daemon.records import FIRST_SLOT
+from snapshotter.daemon.records import FIRST_SLOT, NATIVE
 from snapshotter.fetch.errors import FetchError
 from snapshotter.fuse import session
 from snapshotter.fuse.flat import FlatFile
@@ -58,7 +58,7 @@ class Mode(enum.Enum):
 
     FUSE = "fuse"  # the daemon, for everything
     EROFS = "erofs"  # the kernel; the daemon for data that is not in its caches
-    NATIVE = "native"  # the kernel and the disk
+    NATIVE = NATIVE  # the kernel and the disk
 
 
 class SharedSpace:

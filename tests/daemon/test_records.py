@@ -67,6 +67,15 @@ def test_a_new_mount_starts_afresh(path: Path) -> None:
     assert Records(path).open_view("b", view("b")) == {"b": 3}
 
 
+def test_what_needs_no_fuse_mount_stays(path: Path) -> None:
+    records = Records(path)
+    native = MountRecord(target="/n", reference="n", digest="sha256:02", mode="native")
+    for mount in (MOUNT, native):
+        records.add_mount(mount)
+    records.start_afresh(b"hello")
+    assert Records(path).mounts == [native]
+
+
 def test_slots_run_out_with_an_error_and_nothing_changes(path: Path) -> None:
     records = Records(path)
     records._file.next_slot = MAX_SLOT

@@ -30,6 +30,7 @@ class RunningRegistry:
     host: str
     storage: Path
     log: Path
+    pid: int
 
     def reference(self, repository: str, tag: str = "latest") -> str:
         """The name of an image in this registry."""
@@ -78,7 +79,7 @@ def docker_registry(
         )
     try:
         _await_port(host, process, log)
-        yield RunningRegistry(host, storage, log)
+        yield RunningRegistry(host, storage, log, process.pid)
     finally:
         process.terminate()
         process.wait(timeout=20)
