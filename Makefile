@@ -14,9 +14,9 @@ install: ## install for the whole machine, as root; PREFIX=/usr/local, DESTDIR= 
 uninstall: ## remove what make install has put there; data stays
 	@scripts/uninstall
 
-demo: ## start a container from an image that is not here yet; IMAGE=ref for one of your own
+demo: ## start a container from an image that is not here yet; IMAGE=ref, RUNTIME=containerd
 	@scripts/setup program demo
-	@.venv/bin/firstbyte demo $${IMAGE:+"$$IMAGE"}
+	@.venv/bin/firstbyte demo $${RUNTIME:+--runtime "$$RUNTIME"} $${IMAGE:+"$$IMAGE"}
 
 test: ## install what the tests need, and run them all
 	@scripts/setup program demo tests

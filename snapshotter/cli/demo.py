@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from snapshotter.demo.ready import Probe
+    from snapshotter.demo.ways import Runtime
 
 _HTTP = re.compile(r"(\d{1,5})(/\S*)?")
 _PORTS = range(1, 65536)
@@ -46,6 +47,14 @@ _PORTS = range(1, 65536)
     show_default=True,
     help="Bandwidth between the registry and this machine, in Mbit/s.",
 )
+@click.option(
+    "--runtime",
+    type=click.Choice(["runc", "containerd"]),
+    default="runc",
+    show_default=True,
+    help="What starts the container: runc, on an image that FirstByte has mounted; or a containerd "
+    "whose snapshotter is FirstByte.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the timeline as one JSON object.")
 def demo(
     image: str | None,
@@ -53,24 +62,26 @@ def demo(
     ready_line: str | None,
     within: float,
     link: float,
+    runtime: Runtime,
     as_json: bool,
 ) -> None:
     """Start a container from an image that is not here yet.
 
     Starts a registry behind a link of limited bandwidth, puts an image into it (IMAGE, or a sample
-    made from this machine's packages), mounts it lazily, and waits until the workload in it is
+    made from this machine's packages), starts it lazily, and waits until the workload in it is
     ready; then does the same by a full pull with containerd, and prints both timelines. IMAGE is
     run as it is, in the host's network, and counts as ready with its first line of output unless
     told otherwise.
 
-    Nothing it starts, mounts or writes is left behind.
+    Daemon and containerd are its own, next to any other on the machine. Nothing it starts, mounts
+    or writes is left behind.
     """
     if image is None:
         if ready_http or ready_line:
             raise click.UsageError("the sample image knows when it is ready: give an IMAGE, too")
-        workload = sample_workload(within, link)
+        workload = sample_workload(within, link, runtime)
     else:
-        workload = Workload(image, _probe(ready_http, ready_line), {}, within, link)
+        workload = Workload(image, _probe(ready_http, ready_line), {}, within, link, runtime)
     try:
         timeline = run_demo(workload, Narrator(sys.stderr))
     except InterruptedBySignal as interrupted:

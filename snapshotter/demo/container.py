@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapshotter.demo.accounts import find_user
+from snapshotter.demo.cgroups import remove_cgroups
 from snapshotter.demo.errors import DemoError
 from snapshotter.demo.workspace import stop_group
 from snapshotter.mounts.errors import MountPointError
@@ -121,15 +122,9 @@ class Container:
             self._process = None
             delete = [*self._runc("delete"), "--force", self._id]
             self._workspace.run(delete, seconds=_RUNC_SECONDS)
-            self._remove_cgroups()
+            remove_cgroups(self._id)  # a runc killed at its very start made and did not note them
         with contextlib.suppress(MountPointError):
             unmount(self._directory / "bundle" / "rootfs", detach=True)
-
-    def _remove_cgroups(self) -> None:
-        """Those that a runc killed at its very start made and did not note."""
-        for place in ("", "*/"):  # the unified hierarchy, and one for each controller
-            for path in Path("/sys/fs/cgroup").glob(f"{place}{self._id}"):
-                path.rmdir()
 
     def _runc(self, command: str) -> list[str | Path]:
         return ["runc", "--root", self._workspace.directory("runc"), command]

@@ -1,7 +1,8 @@
-"""The lazy mount, by the commands that a user types."""
+"""FirstByte on a node, by the commands that a user types."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from snapshotter.daemon.config import SOCKET_NAME
 from snapshotter.daemon.places import Places
 from snapshotter.demo.errors import DemoError
 from snapshotter.demo.workspace import stop_group
@@ -21,6 +23,14 @@ if TYPE_CHECKING:
 
 _FIRSTBYTE = (sys.executable, "-m", "snapshotter.cli.main")
 
+# Whatever is configured on this machine: nothing in the workspace is to meet it.
+_CONFIGURATION = """\
+root = "{workspace}/root"
+state = "{workspace}/state"
+[registry]
+config_path = "{workspace}/nothing"
+"""
+
 _BUILD_SECONDS = 3600.0
 _START_SECONDS = 30.0
 _MOUNT_SECONDS = 120.0
@@ -28,12 +38,15 @@ _COMMAND_SECONDS = 30.0
 _POLL_SECONDS = 0.05
 
 
-class _Mount(msgspec.Struct, frozen=True):
-    """One entry of `firstbyte status --json`, as far as it matters here."""
+class _Image(msgspec.Struct, frozen=True):
+    """An image in `firstbyte status --json`, as far as it matters here."""
 
-    target: str
     local_bytes: int
     total_bytes: int
+
+
+class _ForContainerd(msgspec.Struct, frozen=True):
+    images: list[_Image]
 
 
 class _Fetched(msgspec.Struct, frozen=True):
@@ -41,7 +54,8 @@ class _Fetched(msgspec.Struct, frozen=True):
 
 
 class _Status(msgspec.Struct, frozen=True):
-    mounts: list[_Mount]
+    mounts: list[_Image]
+    containerd: _ForContainerd
     fetched: dict[str, _Fetched]
 
 
@@ -53,13 +67,17 @@ def build_index(workspace: Workspace, reference: str) -> None:
 class Node:
     """An instance of FirstByte in the workspace, with nothing in its store yet.
 
-    Its daemon runs from the end of the constructor until `stop`, as containerd's does.
+    Its daemon runs from the end of the constructor until `stop`, as containerd does. `address` is
+    where it is containerd's snapshotter.
     """
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
         places = Places(workspace.path / "root", workspace.path / "state")
-        self._options = ("--root", places.root, "--state", places.state)
+        configuration = workspace.path / "firstbyte.toml"
+        configuration.write_text(_CONFIGURATION.format(workspace=workspace.path))
+        self.address = places.state / SOCKET_NAME
+        self._options = ("--config", configuration)
         self._log = workspace.path / "daemon.log"
         with self._log.open("wb") as log:
             self._daemon = workspace.start(
@@ -75,12 +93,12 @@ class Node:
         self._workspace.defer(f"unmount {directory}", lambda: self.unmount(directory))
         self._firstbyte("mount", reference, directory, seconds=_MOUNT_SECONDS)
 
-    def local_bytes(self, directory: Path) -> tuple[int, int]:
-        """How much of the unpacked image is on this machine, and how much there is."""
-        for mount in self._status().mounts:
-            if mount.target == str(directory):
-                return mount.local_bytes, mount.total_bytes
-        raise DemoError(f"firstbyte status does not know the mount at {directory}")
+    def local_bytes(self) -> tuple[int, int]:
+        """How much of its one image, unpacked, is on this machine, and how much there is."""
+        status = self._status()
+        for image in (*status.mounts, *status.containerd.images):
+            return image.local_bytes, image.total_bytes
+        raise DemoError("firstbyte has no image to tell of")
 
     def needed_bytes(self) -> int:
         """What was fetched because somebody waited for it, or was about to, in compressed bytes."""
@@ -99,7 +117,7 @@ class Node:
 
     def stop(self) -> None:
         """End the daemon; nothing if it ended already."""
-        stop_group(self._daemon)
+        stop_group(self._daemon, signal.SIGINT, signal.SIGKILL)  # SIGTERM would leave mounts
 
     def _firstbyte(self, command: str, *arguments: str | Path, seconds: float) -> str:
         return self._workspace.run(

@@ -13,7 +13,7 @@ from snapshotter.demo.interruption import POLL_SECONDS
 if TYPE_CHECKING:
     import re
 
-    from snapshotter.demo.container import Container
+    from snapshotter.demo.container import Output
     from snapshotter.demo.interruption import Interruption
 
 _START_POLL_SECONDS = 0.005
@@ -22,10 +22,22 @@ _HTTP_SECONDS = 5.0  # for one answer
 _SHOWN_LINES = 15
 
 
+class Watched(Protocol):
+    """A container, as far as it is looked at here."""
+
+    output: Output
+
+    def started(self) -> bool:
+        """Whether its workload was started. What is printed before are the runtime's words."""
+
+    def exit_status(self) -> int | None:
+        """The workload's exit status; None while it runs."""
+
+
 class Probe(Protocol):
     """Watches one container from its start on."""
 
-    def ready(self, container: Container) -> bool:
+    def ready(self, container: Watched) -> bool:
         """Whether the workload is ready; may wait POLL_SECONDS for something to happen."""
 
     @property
@@ -40,7 +52,7 @@ class HttpProbe:
     port: int
     path: str
 
-    def ready(self, container: Container) -> bool:
+    def ready(self, container: Watched) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_HTTP_SECONDS)
         try:
             connection.request("GET", self.path)
@@ -66,7 +78,7 @@ class LineProbe:
         self._pattern = pattern
         self._seen = 0
 
-    def ready(self, container: Container) -> bool:
+    def ready(self, container: Watched) -> bool:
         self._seen, lines = container.output.wait(self._seen, POLL_SECONDS)
         return any(map(self._pattern.search, lines))
 
@@ -78,7 +90,7 @@ class LineProbe:
 class SignOfLifeProbe:
     """Ready when the workload has printed a line, or has ended with success."""
 
-    def ready(self, container: Container) -> bool:
+    def ready(self, container: Watched) -> bool:
         seen, _ = container.output.wait(0, POLL_SECONDS)
         return seen > 0 or container.exit_status() == 0
 
@@ -88,7 +100,7 @@ class SignOfLifeProbe:
 
 
 def wait_ready(
-    probe: Probe, container: Container, interruption: Interruption, seconds: float
+    probe: Probe, container: Watched, interruption: Interruption, seconds: float
 ) -> None:
     """Return when `probe` says so. Raises DemoError if the workload ends before, or after
     `seconds`; the last lines of its output come along."""

@@ -8,12 +8,11 @@ import socket
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapshotter.demo import image as sample_image
-from snapshotter.demo.baseline import Containerd
-from snapshotter.demo.container import Container
 from snapshotter.demo.errors import DemoError
 from snapshotter.demo.interruption import Interruption
 from snapshotter.demo.lazy import Node, build_index
@@ -21,6 +20,7 @@ from snapshotter.demo.link import Link
 from snapshotter.demo.ready import HttpProbe, Probe, wait_ready
 from snapshotter.demo.registry import LocalRegistry
 from snapshotter.demo.timeline import FullPull, Lazy, Timeline
+from snapshotter.demo.ways import LazyMount, Pull, Runtime, UnpackedMount, Way
 from snapshotter.demo.workspace import Workspace
 from snapshotter.registry.layout import PREFIX
 from snapshotter.registry.manifest import Manifest, parse, parse_config
@@ -42,7 +42,8 @@ _SAMPLE_PAGE = "/?q=C"
 
 @dataclass(frozen=True)
 class Workload:
-    """What to start. `image` is a reference, oci:PATH:TAG, or None for the sample image.
+    """What to start, and what starts it. `image` is a reference, oci:PATH:TAG, or None for the
+    sample image.
 
     `probe` makes a new probe for each start; `seconds` is how long one may take to get ready.
     Both starts get their bytes over a link of `link_mbit` Mbit/s.
@@ -53,14 +54,16 @@ class Workload:
     environment: Mapping[str, str]
     seconds: float
     link_mbit: float
+    runtime: Runtime
 
 
-def sample_workload(seconds: float, link_mbit: float) -> Workload:
+def sample_workload(seconds: float, link_mbit: float, runtime: Runtime) -> Workload:
     """The sample image, ready when its web application answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {"PORT": str(port)}
-    return Workload(None, lambda: HttpProbe(port, _SAMPLE_PAGE), environment, seconds, link_mbit)
+    probe = partial(HttpProbe, port, _SAMPLE_PAGE)
+    return Workload(None, probe, environment, seconds, link_mbit, runtime)
 
 
 def run_demo(workload: Workload, narrator: Narrator) -> Timeline:
@@ -105,6 +108,7 @@ class _Demo:
         manifest, config = self._inspect(near)
         return Timeline(
             image=self._workload.image or "sample image",
+            runtime=self._workload.runtime,
             link_mbit=self._workload.link_mbit,
             layers=len(manifest.layers),
             image_bytes=sum(layer.size for layer in manifest.layers),
@@ -141,23 +145,30 @@ class _Demo:
     def _start_lazily(
         self, registry: LocalRegistry, link: Link, reference: str, config: ImageConfig
     ) -> Lazy:
-        directory = self._workspace.directory("lazy")
         with self._narrator.step("start a daemon with an empty store"):
             node = Node(self._workspace)
+        way: Way
+        if self._workload.runtime == "runc":
+            what, way = "mount the image", LazyMount(self._workspace, node, reference, config.run)
+        else:
+            with self._narrator.step("start a containerd that has the daemon as its snapshotter"):
+                way = Pull(self._workspace, "containerd-lazy", reference, node)
+            what = "pull the image: its layers stay where they are"
         self._drop_caches()
         carried, answered, started = link.carried, registry.answered(), time.monotonic()
-        with self._narrator.step("mount the image"):
-            node.mount(reference, directory)
-        mounted = time.monotonic() - started
-        with self._container("lazy-start", directory, config):
+        with self._narrator.step(what):
+            way.provide()
+        provided = time.monotonic() - started
+        with self._container(way):
             ready = time.monotonic() - started
             carried, answered = link.carried - carried, registry.answered() - answered
             needed = node.needed_bytes()
-            local = self._wait_local(node, directory, started)
-        node.unmount(directory)
+            local = self._wait_local(node, started)
+        way.close()
         node.stop()
         return Lazy(
-            mounted_seconds=mounted,
+            mounted_seconds=provided if self._workload.runtime == "runc" else None,
+            pulled_seconds=provided if self._workload.runtime == "containerd" else None,
             ready_seconds=ready,
             needed_bytes=needed,
             fetched_bytes=carried,
@@ -165,10 +176,10 @@ class _Demo:
             local_seconds=local,
         )
 
-    def _wait_local(self, node: Node, directory: Path, started: float) -> float:
+    def _wait_local(self, node: Node, started: float) -> float:
         with self._narrator.step("wait until the rest has come in the background") as step:
             while time.monotonic() - started < _LOCAL_SECONDS:
-                local, total = node.local_bytes(directory)
+                local, total = node.local_bytes()
                 if local == total:
                     return time.monotonic() - started
                 step.detail = f"{local / 1e6:.0f} of {total / 1e6:.0f} MB"
@@ -177,25 +188,26 @@ class _Demo:
 
     def _start_after_pull(self, reference: str, config: ImageConfig) -> FullPull:
         with self._narrator.step("start a containerd, to compare with"):
-            containerd = Containerd(self._workspace)
-        directory = self._workspace.directory("full")
+            way: Way = (
+                UnpackedMount(self._workspace, reference, config.run)
+                if self._workload.runtime == "runc"
+                else Pull(self._workspace, "containerd-full", reference, None)
+            )
         self._drop_caches()
         started = time.monotonic()
         with self._narrator.step("pull all of the image and unpack it"):
-            containerd.pull(reference)
+            way.provide()
         pulled = time.monotonic() - started
-        containerd.mount(reference, directory)
-        with self._container("full-start", directory, config):
+        with self._container(way):
             ready = time.monotonic() - started
         return FullPull(pulled_seconds=pulled, ready_seconds=ready)
 
     @contextmanager
-    def _container(self, name: str, root: Path, config: ImageConfig) -> Iterator[None]:
-        """Start the image's workload on `root`; the block begins when it is ready."""
-        container = Container(self._workspace, name, root)
+    def _container(self, way: Way) -> Iterator[None]:
+        """Start the image's workload; the block begins when it is ready."""
         probe = self._workload.probe()
         with self._narrator.step(f"start a container: ready when {probe.description}"):
-            container.start(config.run, self._workload.environment)
+            container = way.start(self._workload.environment)
             wait_ready(probe, container, self._interruption, self._workload.seconds)
         yield
         with self._narrator.step("stop the container"):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import msgspec
 
 
-class Lazy(msgspec.Struct, frozen=True, kw_only=True):
-    """The lazy start. Times are seconds since `firstbyte mount` was called. `fetched_bytes` and
+class Lazy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The lazy start. Times are seconds since `firstbyte mount` was called (`mounted_seconds` is
+    there), or since containerd was asked to pull (`pulled_seconds` is there). `fetched_bytes` and
     `requests` are all that the registry sent until the workload was ready; `needed_bytes` is the
     part that the workload waited for, the rest came in the background meanwhile."""
 
-    mounted_seconds: float
+    mounted_seconds: float | None = None
+    pulled_seconds: float | None = None
     ready_seconds: float
     needed_bytes: int
     fetched_bytes: int
@@ -26,10 +28,11 @@ class FullPull(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timeline(msgspec.Struct, frozen=True, kw_only=True):
-    """Both starts of one image, over the same link. `image_bytes` is the size of its layers as they
-    travel."""
+    """Both starts of one image, by the same `runtime` and over the same link. `image_bytes` is the
+    size of its layers as they travel."""
 
     image: str
+    runtime: str
     link_mbit: float
     layers: int
     image_bytes: int
@@ -51,8 +54,10 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
     def as_text(self) -> str:
         """A few lines."""
         lazy, full = self.lazy, self.full_pull
+        by_pull = lazy.pulled_seconds is not None
+        provided = lazy.pulled_seconds if by_pull else lazy.mounted_seconds
         rows: list[tuple[str, str, float | None, str]] = [
-            ("lazy", "mounted", lazy.mounted_seconds, ""),
+            ("lazy", "pulled" if by_pull else "mounted", provided, ""),
             (
                 "",
                 "ready",
@@ -76,7 +81,7 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
         return "\n".join(
             [
                 f"{self.image}: {self.layers} layers, {_mb(self.image_bytes)} compressed, "
-                f"over {self.link_mbit:g} Mbit/s",
+                f"over {self.link_mbit:g} Mbit/s, started by {self.runtime}",
                 "",
                 *table,
                 "",

@@ -46,11 +46,12 @@ class Workspace:
         self.interruption = interruption
         self._warn = warn
         self._steps: list[tuple[str, Callable[[], None]]] = []
-        self.path = Path()
+        self.path = self._temporary = Path()
 
     def __enter__(self) -> Self:
         parent = os.environ.get("TMPDIR", _PARENT)
         self.path = Path(tempfile.mkdtemp(prefix="firstbyte-demo-", dir=parent)).resolve()
+        self._temporary = self.directory("tmp")
         return self
 
     def __exit__(
@@ -108,7 +109,10 @@ class Workspace:
     def start(
         self, argv: Sequence[str | Path], *, output: int, errors: int
     ) -> subprocess.Popen[bytes]:
-        """Start a program in a session of its own, so that Ctrl-C reaches only the demo."""
+        """Start a program in a session of its own, so that Ctrl-C reaches only the demo.
+
+        What it makes or mounts in its directory for temporary files is below the workspace, too.
+        """
         try:
             return subprocess.Popen(
                 argv,
@@ -117,7 +121,7 @@ class Workspace:
                 stderr=errors,
                 start_new_session=True,
                 cwd=self.path,
-                env={**os.environ, MARK: str(self.path)},
+                env={**os.environ, MARK: str(self.path), "TMPDIR": str(self._temporary)},
             )
         except FileNotFoundError:
             raise DemoError(

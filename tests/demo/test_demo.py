@@ -38,6 +38,13 @@ STAGES = [
     "start a containerd",
     "pull all of the image",
 ]
+STAGES_OF_CONTAINERD = [
+    "start a containerd that",
+    "pull the image",
+    "start a container",
+    "wait until the rest",
+    "pull all of the image",
+]
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +133,19 @@ def traces(directory: str, names: set[str]) -> list[str]:
     return found
 
 
-def test_it_starts_an_image_both_ways_and_says_how_long_it_took(small_image: str) -> None:
-    with demo(small_image, "--ready-line", "^ready at last$", "--json") as running:
+@pytest.mark.parametrize(("runtime", "provided"), [("runc", "mounted"), ("containerd", "pulled")])
+def test_it_starts_an_image_both_ways_and_says_how_long_it_took(
+    small_image: str, runtime: str, provided: str
+) -> None:
+    arguments = [small_image, "--runtime", runtime, "--ready-line", "^ready at last$", "--json"]
+    with demo(*arguments) as running:
         running.wait_for("start a registry")
         status, output = running.finish()
         assert status == 0, running.said
     timeline = json.loads(output)
     lazy, full = timeline["lazy"], timeline["full_pull"]
-    assert 0 < lazy["mounted_seconds"] < lazy["ready_seconds"] < lazy["local_seconds"]
+    assert timeline["runtime"] == runtime
+    assert 0 < lazy[f"{provided}_seconds"] < lazy["ready_seconds"] < lazy["local_seconds"]
     assert 0 < full["pulled_seconds"] < full["ready_seconds"]
     assert lazy["fetched_bytes"] > 0
     assert timeline["layers"] == 1
@@ -148,9 +160,15 @@ def test_the_timeline_is_what_it_prints_on_standard_output(small_image: str) -> 
     assert re.search(r"The workload was ready \d+\.\d times sooner\.", output)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_ctrl_c_at_any_stage_leaves_nothing(small_image: str, stage: str) -> None:
-    with demo(small_image) as running:
+@pytest.mark.parametrize(
+    ("runtime", "stage"),
+    [
+        *(("runc", stage) for stage in STAGES),
+        *(("containerd", stage) for stage in STAGES_OF_CONTAINERD),
+    ],
+)
+def test_ctrl_c_at_any_stage_leaves_nothing(small_image: str, runtime: str, stage: str) -> None:
+    with demo(small_image, "--runtime", runtime) as running:
         running.wait_for(stage)
         os.killpg(running.process.pid, signal.SIGINT)
         assert running.finish() == (130, ""), running.said

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from snapshotter.demo import image
-from snapshotter.demo.baseline import Containerd
 from snapshotter.demo.container import Container
+from snapshotter.demo.containerd import Containerd
 from snapshotter.demo.errors import DemoError
 from snapshotter.demo.layout import HostFile, MadeFile, write_layer
 from snapshotter.demo.ready import wait_ready
@@ -83,7 +83,7 @@ def test_it_runs_after_a_full_pull(workspace: Workspace, sample: Sample) -> None
     reference = f"{registry.host}/sample:latest"
     answered = registry.answered()
 
-    containerd = Containerd(workspace)
+    containerd = Containerd(workspace, "containerd")
     containerd.pull(reference)
     root = workspace.directory("full")
     containerd.mount(reference, root)
@@ -93,7 +93,7 @@ def test_it_runs_after_a_full_pull(workspace: Workspace, sample: Sample) -> None
         ["skopeo", "inspect", "--config", "--raw", "--tls-verify=false", f"docker://{reference}"],
         seconds=30,
     )
-    workload = sample_workload(60, 200)
+    workload = sample_workload(60, 200, "runc")
     container = Container(workspace, "full-start", root)
     container.start(parse_config(raw.encode(), "sample").run, workload.environment)
     wait_ready(workload.probe(), container, workspace.interruption, workload.seconds)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import msgspec
+
 from snapshotter.demo.timeline import FullPull, Lazy, Timeline
 
 TIMELINE = Timeline(
     image="sample image",
+    runtime="runc",
     link_mbit=200.0,
     layers=5,
     image_bytes=80_000_000,
@@ -25,7 +28,7 @@ TIMELINE = Timeline(
 
 def test_as_text_it_says_all_in_a_few_lines() -> None:
     assert TIMELINE.as_text().splitlines() == [
-        "sample image: 5 layers, 80.0 MB compressed, over 200 Mbit/s",
+        "sample image: 5 layers, 80.0 MB compressed, over 200 Mbit/s, started by runc",
         "",
         "  lazy       mounted      after   0.50 s",
         "             ready        after   1.50 s   5.0 MB (6 % of the image) were waited for",
@@ -39,9 +42,22 @@ def test_as_text_it_says_all_in_a_few_lines() -> None:
     ]
 
 
+def test_a_pull_is_called_so_in_place_of_a_mount() -> None:
+    lazy = msgspec.structs.replace(TIMELINE.lazy, mounted_seconds=None, pulled_seconds=0.75)
+    timeline = msgspec.structs.replace(TIMELINE, lazy=lazy, runtime="containerd")
+    lines = timeline.as_text().splitlines()
+    assert lines[0].endswith("started by containerd")
+    assert lines[2] == "  lazy       pulled       after   0.75 s"
+    value = json.loads(timeline.as_json())
+    assert value["runtime"] == "containerd"
+    assert value["lazy"]["pulled_seconds"] == 0.75
+    assert "mounted_seconds" not in value["lazy"]
+
+
 def test_as_json_it_is_one_object_with_the_numbers_as_measured() -> None:
     value = json.loads(TIMELINE.as_json())
     assert value["ratio"] == 6.0
     assert value["lazy"]["fetched_bytes"] == 20_000_000
+    assert "pulled_seconds" not in value["lazy"]
     assert value["full_pull"] == {"pulled_seconds": 8.0, "ready_seconds": 9.0}
     assert value["image_bytes"] == 80_000_000

@@ -1,0 +1,77 @@
+"""A container that containerd runs, from an image that it has pulled.
+
+Source: `ctr run --help` and `ctr tasks --help` of containerd 1.6.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from snapshotter.demo.container import Output
+from snapshotter.demo.errors import DemoError
+from snapshotter.demo.workspace import stop_group
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Mapping
+
+    from snapshotter.demo.containerd import Containerd
+
+
+class Task:
+    """One container of `containerd`, with the image's own command. `name` must be new in it."""
+
+    def __init__(self, containerd: Containerd, name: str, reference: str) -> None:
+        self._containerd = containerd
+        self._name = name
+        self._reference = reference
+        self._pid_file = containerd.directory / f"{name}.pid"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.output = Output()
+
+    def start(self, environment: Mapping[str, str]) -> None:
+        """Start it in the host's network; `environment` goes before what the image sets."""
+        containerd = self._containerd
+        containerd.workspace.defer(f"remove the container {self._name}", self.stop)
+        command = containerd.ctr_command(
+            "run",
+            "--net-host",
+            *("--snapshotter", containerd.snapshotter),
+            *("--cgroup", f"/{containerd.cgroup}/{self._name}"),
+            *("--runc-root", containerd.directory / "runc"),
+            *("--fifo-dir", containerd.directory / "fifo"),
+            *("--pid-file", self._pid_file),
+            *(f"--env={name}={value}" for name, value in environment.items()),
+            self._reference,
+            self._name,
+        )
+        reader, writer = os.pipe()
+        try:
+            # ctr stays, passes on what the workload prints, and ends with its exit status
+            self._process = containerd.workspace.start(command, output=writer, errors=writer)
+        finally:
+            os.close(writer)
+            self.output.follow(reader)
+
+    def started(self) -> bool:
+        """Whether containerd has made the container. What is printed before is ctr's complaint."""
+        return self._pid_file.exists()
+
+    def exit_status(self) -> int | None:
+        """The workload's exit status; None while it runs."""
+        return self._process.poll() if self._process else None
+
+    def stop(self) -> None:
+        """Kill the workload and remove the container; fine if nothing is there."""
+        if not self._process:
+            return
+        stop_group(self._process, signal.SIGKILL)  # of ctr: the container goes on
+        self._process = None
+        # One that was just being made may slip through; containerd's `stop` ends that.
+        with contextlib.suppress(DemoError):
+            for kind, *options in (("tasks", "--force"), ("containers",)):
+                if self._name in self._containerd.ctr(kind, "list", "--quiet").split():
+                    self._containerd.ctr(kind, "delete", *options, self._name)
