@@ -6,6 +6,7 @@ import stat
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -113,9 +114,14 @@ def served(mountpoint: Path, *views: View) -> Iterator[Served]:
     async def serve() -> None:
         tokens.append(trio.lowlevel.current_trio_token())
         with scope:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(session.serve, Operations(registry), mountpoint)
-                started.set()
+            connection = session.open_mount(mountpoint)
+            try:
+                async with trio.open_nursery() as nursery:
+                    serving = partial(session.serve, resumed=False)
+                    await nursery.start(serving, Operations(registry), connection, mountpoint)
+                    started.set()
+            finally:
+                session.close_mount(connection, mountpoint)
 
     def run() -> None:
         try:
