@@ -1,8 +1,12 @@
-"""Reading a lazily mounted tree that is fully local, against the same tree unpacked beside it."""
+"""Reading a mounted image that is fully local, in each mode, against what is used without it.
+
+That is overlayfs, with the same tree unpacked beside it as its lower directory.
+"""
 
 from __future__ import annotations
 
 import subprocess
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,49 +15,63 @@ from snapshotter.bench.node import running_node
 from snapshotter.bench.tables import Cell, Table
 from snapshotter.bench.timing import Timing, drop_caches, interleaved, median
 from snapshotter.bench.workloads import list_files, workloads
+from snapshotter.mounts import syscalls
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from snapshotter.bench.images import StoredImage
     from snapshotter.bench.workloads import Workload
 
+MODES = ("fuse", "erofs", "native")
+
+_OVERLAY = "overlayfs"
 _WARM_RUNS = 5
 
 
-def compare(image: StoredImage, directory: Path, samples: int) -> Table:
-    """Mount and unpack the image in a new `directory`, and do the same to both. Needs root."""
+def compare(image: StoredImage, directory: Path, samples: int) -> list[Table]:
+    """Mount and unpack the image in a new `directory`, and do the same to all. Needs root.
+
+    A table for each mode; all are of the same run.
+    """
     directory.mkdir()
-    unpacked, mounted = directory / "unpacked", directory / "mounted"
+    unpacked = directory / "unpacked"
     unpack(image, unpacked)
-    mounted.mkdir()
     files = list_files(unpacked)
-    rows: list[tuple[Cell, ...]] = []
-    with running_node(directory / "node") as node:
-        status = node.mount(image.reference, mounted, wait_local=True)
+    rows: dict[str, list[tuple[Cell, ...]]] = {mode: [] for mode in MODES}
+    with running_node(directory / "node") as node, _overlay(unpacked, directory) as overlay:
+        roots = {_OVERLAY: overlay}
+        for mode in MODES:
+            roots[mode] = directory / mode
+            roots[mode].mkdir()
+            node.mount(image.reference, roots[mode], wait_local=True, mode=mode)
         for workload in workloads(files):
             for cache, run in (("dropped", _cold), ("warm", _warm)):
                 timings = interleaved(
-                    samples,
-                    {root: partial(run, workload, root) for root in (unpacked, mounted)},
+                    samples, {name: partial(run, workload, root) for name, root in roots.items()}
                 )
-                rows.append(
-                    (
-                        workload.name,
-                        cache,
-                        workload.unit,
-                        *_rates(workload, timings[unpacked], timings[mounted]),
-                    )
-                )
-    return Table(
-        f"Reading a fully local image through FirstByte (mode {status.mode})",
-        ("work", "page cache", "unit", "unpacked", "FirstByte", "ratio", "lowest", "highest"),
-        tuple(rows),
+                what = (workload.name, workload.jobs, cache, workload.unit)
+                for mode in MODES:
+                    rates = _rates(workload, timings[_OVERLAY], timings[mode])
+                    rows[mode].append((*what, *rates))
+        resident, private = node.memory()
+    note = (
         f"{files.names} names, {files.size / 1e6:.0f} MB. Medians of {samples} rounds, and their "
         "ratio: above 1 FirstByte is faster. Lowest and highest: that of single rounds. A warm "
-        f"round is the fastest of {_WARM_RUNS} runs after one that filled the page cache.",
+        f"round is the fastest of {_WARM_RUNS} runs after one that filled the page cache. At the "
+        f"end {resident:.0f} MB of the daemon were in memory, {private:.0f} of them its own."
     )
+    columns = ("work", "jobs", "page cache", "unit", _OVERLAY, "FirstByte", "ratio")
+    return [
+        Table(
+            f"Reading a fully local image in mode {mode}",
+            (*columns, "lowest", "highest"),
+            tuple(rows[mode]),
+            note,
+        )
+        for mode in MODES
+    ]
 
 
 def unpack(image: StoredImage, target: Path) -> None:
@@ -68,11 +86,25 @@ def unpack(image: StoredImage, target: Path) -> None:
             raise BenchError(f"tar cannot unpack {blob}", hint=done.stderr[-500:])
 
 
-def _cold(workload: Workload, root: Path) -> Timing:
+@contextmanager
+def _overlay(lower: Path, directory: Path) -> Iterator[Path]:
+    """Mount a container's root, as it is without FirstByte: `lower`, and a writable layer."""
+    upper, work, target = directory / "upper", directory / "work", directory / "overlay"
+    for made in (upper, work, target):
+        made.mkdir()
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    syscalls.mount("overlay", target, "overlay", syscalls.MountFlag(0), options)
+    try:
+        yield target
+    finally:
+        syscalls.unmount(target)
+
+
+def _cold(workload: Workload[object], root: Path) -> Timing:
     return workload.run(root, drop_caches)
 
 
-def _warm(workload: Workload, root: Path) -> Timing:
+def _warm(workload: Workload[object], root: Path) -> Timing:
     """The fastest of a few runs: these are short, and an interruption would be most of one."""
     workload.run(root, _nothing)
     runs = [workload.run(root, _nothing) for _ in range(_WARM_RUNS)]
@@ -84,11 +116,11 @@ def _nothing() -> None:
 
 
 def _rates(
-    workload: Workload, unpacked: Sequence[Timing], mounted: Sequence[Timing]
+    workload: Workload[object], overlay: Sequence[Timing], mounted: Sequence[Timing]
 ) -> tuple[float, ...]:
     """Both rates, their ratio, and the lowest and highest ratio of a round."""
-    ours, theirs = median(mounted).seconds, median(unpacked).seconds
-    ratios = [a.seconds / b.seconds for a, b in zip(unpacked, mounted, strict=True)]
+    ours, theirs = median(mounted).seconds, median(overlay).seconds
+    ratios = [a.seconds / b.seconds for a, b in zip(overlay, mounted, strict=True)]
     return (
         workload.amount / theirs,
         workload.amount / ours,

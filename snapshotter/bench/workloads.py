@@ -12,10 +12,10 @@ import stat
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from snapshotter.bench.errors import BenchError
-from snapshotter.bench.timing import Timing, once
+from snapshotter.bench.timing import Timing, at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,19 +24,21 @@ if TYPE_CHECKING:
 _SMALL = 64 << 10  # bytes of the largest file that counts as small
 _LARGE = 1 << 20  # bytes of the smallest that counts as large
 _BLOCK = 128 << 10  # bytes of a sequential read: what cp and cat ask for
-_PAGE = 4 << 10  # bytes of a random read
-_RANDOM_READS = 2_000
+_RANDOM_READS = {4 << 10: 4_000, 128 << 10: 1_000}  # by their size in bytes
 _MAX_OPEN = 200  # large files that are open for random reads; the usual limit is 1024 descriptors
+_JOBS = (1, 4)
 _SEED = 1
 
 SizedPath = tuple[str, int]  # size in bytes
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What is in a tree: how many names, and the regular files, by path below its root."""
+    """What is in a tree, by path below its root: how many names, directories, regular files."""
 
     names: int
+    directories: tuple[str, ...]
     regular: tuple[SizedPath, ...]
 
     @property
@@ -55,59 +57,68 @@ class Files:
 
 def list_files(root: Path) -> Files:
     """What a tree has, in the order in which archivers list it. BenchError without large files."""
+    directories: list[str] = []
     regular: list[SizedPath] = []
     count = 0
     for parent, below, names in os.walk(root):
         below.sort()
         count += len(below) + len(names)
+        directories.append(os.path.relpath(parent, root))
         for name in sorted(names):
             path = os.path.join(parent, name)
             status = os.lstat(path)
             if stat.S_ISREG(status.st_mode):
                 regular.append((os.path.relpath(path, root), status.st_size))
-    files = Files(count, tuple(regular))
+    files = Files(count, tuple(directories), tuple(regular))
     if not files.large:
         raise BenchError(f"the files to measure with are all below {_LARGE >> 20} MiB")
     return files
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
-    """`amount` units of work on a tree.
+class Workload(Generic[_T]):
+    """`amount` units of work on a tree: something is done to each of `items`, by `jobs` processes
+    at once, of which each takes its share.
 
-    `run(root, before)` opens what it needs, calls `before` (which drops the page cache, say) and
-    times what comes then. Raises BenchError if a file is not as long as it has to be.
+    `prepare(root, opened, items)` opens what that needs and gives the work itself, which raises
+    BenchError if a file is not as long as it has to be.
     """
 
     name: str
     unit: str
     amount: float
-    run: Callable[[Path, Callable[[], object]], Timing]
+    jobs: int
+    items: Sequence[_T]
+    prepare: Callable[[Path, ExitStack, Sequence[_T]], Callable[[], None]]
+
+    def run(self, root: Path, before: Callable[[], object]) -> Timing:
+        """Prepare, call `before` (which drops the page cache, say), and time what comes then."""
+        with ExitStack() as opened:
+            shares = (self.items[job :: self.jobs] for job in range(self.jobs))
+            works = [self.prepare(root, opened, share) for share in shares]
+            before()
+            return at_once(works)
 
 
-def workloads(files: Files) -> tuple[Workload, ...]:
+def workloads(files: Files) -> tuple[Workload[Any], ...]:
     """For any tree that has these files."""
-    return (
-        Workload("walk, stat everything", "names/s", files.names, _walk),
-        Workload(
-            f"open and read files to {_SMALL >> 10} KiB",
-            "files/s",
-            len(files.small),
-            partial(_read_files, files.small),
-        ),
-        Workload(
-            "read large files in order",
-            "MB/s",
-            sum(size for _, size in files.large) / 1e6,
-            partial(_read_files, files.large),
-        ),
-        Workload(
-            f"random reads of {_PAGE >> 10} KiB",
-            "reads/s",
-            _RANDOM_READS,
-            partial(_read_random, files.large[:_MAX_OPEN]),
-        ),
-    )
+    folders, small, large = files.directories, files.small, files.large
+    made: list[Workload[Any]] = [
+        Workload("list directories", "names/s", files.names, 1, folders, _list)
+    ]
+    made += [
+        Workload("list and stat everything", "names/s", files.names, jobs, folders, _stat)
+        for jobs in _JOBS
+    ]
+    name = f"open and read files to {_SMALL >> 10} KiB"
+    made += [Workload(name, "files/s", len(small), jobs, small, _read_files) for jobs in _JOBS]
+    size = sum(size for _, size in large) / 1e6
+    made.append(Workload("read large files in order", "MB/s", size, 1, large, _read_files))
+    for length, count in _RANDOM_READS.items():
+        name = f"random reads of {length >> 10} KiB"
+        places, read = _random_places(large[:_MAX_OPEN], length, count), partial(_read_at, length)
+        made += [Workload(name, "reads/s", count, jobs, places, read) for jobs in _JOBS]
+    return tuple(made)
 
 
 def read_everything(root: Path, files: Files) -> None:
@@ -116,49 +127,60 @@ def read_everything(root: Path, files: Files) -> None:
         _read(os.path.join(root, path), size)
 
 
-def _walk(root: Path, before: Callable[[], object]) -> Timing:
-    def walk() -> None:
-        todo = [os.fspath(root)]
-        while todo:
-            with os.scandir(todo.pop()) as entries:
-                paths = [entry.path for entry in entries]
-            todo += [path for path in paths if stat.S_ISDIR(os.lstat(path).st_mode)]
+def _list(root: Path, _: ExitStack, directories: Sequence[str]) -> Callable[[], None]:
+    paths = [os.path.join(root, path) for path in directories]
 
-    before()
-    return once(walk)
+    def work() -> None:
+        for path in paths:
+            os.listdir(path)
+
+    return work
 
 
-def _read_files(paths: Sequence[SizedPath], root: Path, before: Callable[[], object]) -> Timing:
+def _stat(root: Path, _: ExitStack, directories: Sequence[str]) -> Callable[[], None]:
+    paths = [os.path.join(root, path) for path in directories]
+
+    def work() -> None:
+        for path in paths:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    os.lstat(entry.path)
+
+    return work
+
+
+def _read_files(root: Path, _: ExitStack, paths: Sequence[SizedPath]) -> Callable[[], None]:
     whole = [(os.path.join(root, path), size) for path, size in paths]
 
-    def read() -> None:
+    def work() -> None:
         for path, size in whole:
             _read(path, size)
 
-    before()
-    return once(read)
+    return work
 
 
-def _read_random(large: Sequence[SizedPath], root: Path, before: Callable[[], object]) -> Timing:
-    """Of files that are open already."""
+def _random_places(files: Sequence[SizedPath], length: int, count: int) -> list[SizedPath]:
+    """Paths, and offsets in them that are multiples of `length`."""
     rng = random.Random(_SEED)  # noqa: S311  (a measurement)
-    with ExitStack() as opened:
-        descriptors = []
-        for path, size in large:
-            descriptor = os.open(root / path, os.O_RDONLY)
-            opened.callback(os.close, descriptor)
-            descriptors.append((descriptor, size // _PAGE))
-        places = []
-        for descriptor, pages in rng.choices(descriptors, k=_RANDOM_READS):
-            places.append((descriptor, rng.randrange(pages) * _PAGE))
+    chosen = rng.choices(files, k=count)
+    return [(path, rng.randrange(size // length) * length) for path, size in chosen]
 
-        def read() -> None:
-            for descriptor, offset in places:
-                if len(os.pread(descriptor, _PAGE, offset)) != _PAGE:
-                    raise BenchError(f"a random read in {root} came back short")
 
-        before()
-        return once(read)
+def _read_at(
+    length: int, root: Path, opened: ExitStack, places: Sequence[SizedPath]
+) -> Callable[[], None]:
+    """Of files that are open already."""
+    descriptors = {path: os.open(root / path, os.O_RDONLY) for path in {path for path, _ in places}}
+    for descriptor in descriptors.values():
+        opened.callback(os.close, descriptor)
+    reads = [(descriptors[path], offset) for path, offset in places]
+
+    def work() -> None:
+        for descriptor, offset in reads:
+            if len(os.pread(descriptor, length, offset)) != length:
+                raise BenchError(f"a random read in {root} came back short")
+
+    return work
 
 
 def _read(path: str, size: int) -> None:

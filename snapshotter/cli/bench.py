@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from snapshotter.bench import building, corpus, first_read, opening, reading, tables
+from snapshotter.bench import building, corpus, first_read, mounting, opening, reading, tables
 from snapshotter.bench.conditions import Conditions
 from snapshotter.bench.images import FORMS, GZIP, write_image
 from snapshotter.cli.connection import json_option
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from snapshotter.bench.tables import Table
 
-_OPENED_FILES = (28_000, 1_000_000)  # a large language runtime, and the largest images known
+_MOUNTED_FILES = 1_000_000
+_OPENED_FILES = (28_000, _MOUNTED_FILES)  # a large language runtime, and the largest images known
 _PARENT = Path("/var/tmp")  # noqa: S108  (on a disk, as images are; the name in it is random)
 
 
@@ -61,7 +62,7 @@ def bench() -> None:
 @bench.command()
 @_options
 def index(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown: bool) -> None:
-    """Building, opening and checking file indexes, and their size."""
+    """Building, opening, checking and mounting file indexes, and their size."""
     with _workspace() as workspace:
         conditions = Conditions(workspace)
         layers = _pack(directories, workspace)
@@ -80,20 +81,22 @@ def index(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdow
         results.append(building.frames(layers, gzip.size))
         _say(f"opening indexes of up to {max(_OPENED_FILES)} files")
         results += opening.opening(_OPENED_FILES, workspace, samples)
+        _say(f"mounting an image of {_MOUNTED_FILES} files")
+        results.append(mounting.mounting(_MOUNTED_FILES, workspace / "large", samples))
         _show([conditions.table(), *results], as_json, as_markdown)
 
 
 @bench.command()
 @_options
 def read(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown: bool) -> None:
-    """Reading through a lazy mount, against the same tree unpacked on the same disk."""
+    """Reading through a lazy mount in each mode, against overlayfs on the same disk."""
     with _workspace() as workspace:
         conditions = Conditions(workspace)
         layers = _pack(directories, workspace)
         _say(f"compressing the layers: {GZIP.name}")
         image = write_image(workspace / "image", GZIP, layers)
         _say("reading a fully local image")
-        results = [reading.compare(image, workspace / "local", samples)]
+        results = reading.compare(image, workspace / "local", samples)
         _say("reading an image of which nothing is local")
         results.append(first_read.first_read(image, workspace / "first", samples))
         _show([conditions.table(), *results], as_json, as_markdown)

@@ -24,7 +24,7 @@ def test_results_come_as_json_with_their_conditions(tree: Path) -> None:
     assert done.returncode == 0, done.stderr
     first, *others = json.loads(done.stdout)
     assert first == "Conditions"
-    assert len(others) == 2
+    assert len(others) == 4  # one for each mode, and first reads
 
 
 def test_a_corpus_without_large_files_is_refused_in_one_line(tmp_path: Path) -> None:

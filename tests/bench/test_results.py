@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from snapshotter.bench import building, first_read, opening, reading
+from snapshotter.bench import building, first_read, mounting, opening, reading, workloads
+from snapshotter.bench.errors import BenchError
 from tests.bench.conftest import SMALL_FILES
 
 if TYPE_CHECKING:
@@ -76,17 +77,45 @@ def test_opening_is_measured_for_each_number_of_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_both_trees_do_the_same_work(image: StoredImage, directory: Path) -> None:
-    table = reading.compare(image, directory / "local", SAMPLES)
-    assert {(row[0], row[1]) for row in table.rows} == {
-        (work, cache) for work in {row[0] for row in table.rows} for cache in ("dropped", "warm")
+def test_all_modes_do_the_same_work(image: StoredImage, directory: Path) -> None:
+    results = reading.compare(image, directory / "local", SAMPLES)
+    assert [table.title.rpartition(" ")[2] for table in results] == ["fuse", "erofs", "native"]
+    first, *_ = results
+    for table in results:
+        assert [row[:5] for row in table.rows] == [row[:5] for row in first.rows]
+        assert {row[:3] for row in table.rows} == {
+            (work, jobs, cache)
+            for work, jobs, _ in {row[:3] for row in table.rows}
+            for cache in ("dropped", "warm")
+        }
+        assert min(numbers(table)) > 0
+        for low, middle, high in zip(
+            *(column(table, name) for name in ("lowest", "ratio", "highest")), strict=True
+        ):
+            assert low <= middle <= high
+
+
+def test_work_is_shared_out_among_jobs(tree: Path) -> None:
+    made = workloads.workloads(workloads.list_files(tree))
+    assert {workload.jobs for workload in made} == {1, 4}
+    for workload in made:
+        assert workload.run(tree, lambda: None).seconds > 0
+
+
+def test_a_job_that_fails_is_an_error(tree: Path, tmp_path: Path) -> None:
+    for workload in workloads.workloads(workloads.list_files(tree)):
+        if workload.name.startswith("list") and workload.jobs > 1:
+            with pytest.raises(BenchError, match="failed"):
+                workload.run(tmp_path, lambda: None)
+
+
+@pytest.mark.root
+def test_mounting_is_measured_without_any_data(directory: Path) -> None:
+    table = mounting.mounting(1000, directory / "large", SAMPLES)
+    assert {row[:2] for row in table.rows} == {
+        (mode, cache) for mode in ("fuse", "erofs") for cache in ("dropped", "warm")
     }
-    assert len(table.rows) == 8
     assert min(numbers(table)) > 0
-    for low, middle, high in zip(
-        *(column(table, name) for name in ("lowest", "ratio", "highest")), strict=True
-    ):
-        assert low <= middle <= high
 
 
 @pytest.mark.root
