@@ -1,6 +1,7 @@
 """The mounts that show a snapshot: what containerd's overlayfs snapshotter would answer.
 
-From containerd's plugins/snapshots/overlay/overlay.go and overlayutils/check.go.
+From containerd's plugins/snapshots/overlay/overlay.go and overlayutils/check.go. Only id mappings
+are not left to containerd: see `idmapped`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from snapshotter.containerd.errors import InvalidArgumentError
 from snapshotter.containerd.labels import GID_MAPPING, UID_MAPPING
 from snapshotter.containerd.snapshots import Kind, Mount
+from snapshotter.mounts.idmap import IdMapping
 from snapshotter.store.errors import StoreError
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 _SPECIAL = frozenset(":,\\")  # in the option lowerdir= they separate paths, options, and escape
 _ALL_IDS = ["0", "0", "4294967295"]  # uid_map of the initial user namespace
 _NO_ID = 2**32 - 1
+_EVERY_ID = (0, 0, _NO_ID)
 
 
 def check_path(path: Path) -> None:
@@ -53,7 +56,6 @@ def overlay_mounts(
     kind: Kind,
     directory: Path,
     lowers: Sequence[Path],
-    labels: Mapping[str, str],
     options: Sequence[str],
 ) -> tuple[Mount, ...]:
     """The mounts of an active snapshot or a view.
@@ -61,52 +63,56 @@ def overlay_mounts(
     `directory` is the snapshot's own, `lowers` are what it stands on, nearest first, and `options`
     are of `kernel_options`. A view is never writable.
     """
-    mapping = _mapping_options(labels)
     if not lowers:
         access = "rw" if kind is Kind.ACTIVE else "ro"
-        return (Mount("bind", os.fspath(directory / "fs"), (*mapping, access, "rbind")),)
+        return (Mount("bind", os.fspath(directory / "fs"), (access, "rbind")),)
     if kind is not Kind.ACTIVE and len(lowers) == 1:
-        return (Mount("bind", os.fspath(lowers[0]), (*mapping, "ro", "rbind")),)
+        return (Mount("bind", os.fspath(lowers[0]), ("ro", "rbind")),)
     own: tuple[str, ...] = ()
     if kind is Kind.ACTIVE:
         own = (f"workdir={directory / 'work'}", f"upperdir={directory / 'fs'}")
     lower = "lowerdir=" + ":".join(os.fspath(path) for path in lowers)
-    return (Mount("overlay", "overlay", (*mapping, *own, lower, *options)),)
+    return (Mount("overlay", "overlay", (*own, lower, *options)),)
 
 
-def mapped_owner(labels: Mapping[str, str]) -> tuple[int, int] | None:
-    """The (uid, gid) that root of a user namespace is outside, None if there are no mappings.
+def id_mapping(labels: Mapping[str, str]) -> IdMapping | None:
+    """How ids of the snapshot's container are mapped, None if they are not.
 
     Raises InvalidArgumentError for mappings that make no sense or have no root.
     """
     uids, gids = labels.get(UID_MAPPING, ""), labels.get(GID_MAPPING, "")
-    return (_root_of(uids), _root_of(gids)) if uids or gids else None
+    return IdMapping(_ranges(uids), _ranges(gids)) if uids or gids else None
 
 
-def _root_of(mapping: str) -> int:
-    """What id 0 is mapped to by "container:host:size,..."; nothing at all maps it to itself."""
+def root_of(mapping: IdMapping) -> tuple[int, int]:
+    """The (uid, gid) that root of the container is outside."""
+    user, group = (
+        next(outside for inside, outside, _ in ranges if inside == 0)
+        for ranges in (mapping.users, mapping.groups)
+    )
+    return user, group
+
+
+def _ranges(mapping: str) -> list[tuple[int, int, int]]:
+    """What "container:host:size,..." says; nothing at all maps every id to itself."""
     if not mapping:
-        return 0
+        return [_EVERY_ID]
+    ranges = []
     for entry in mapping.split(","):
         try:
             inside, outside, size = (_to_id(number) for number in entry.split(":"))
         except ValueError as error:
             raise InvalidArgumentError(f"{mapping!r} is no mapping of user or group ids") from error
-        if inside == 0 and size > 0:
-            return outside
-    raise InvalidArgumentError(f"the mapping {mapping!r} has no root")
+        ranges.append((inside, outside, size))
+    if not any(inside == 0 and size > 0 for inside, _, size in ranges):
+        raise InvalidArgumentError(f"the mapping {mapping!r} has no root")
+    return ranges
 
 
 def _to_id(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or len(text) > 10 or int(text) >= _NO_ID:
         raise ValueError(text)
     return int(text)
-
-
-def _mapping_options(labels: Mapping[str, str]) -> tuple[str, ...]:
-    """containerd takes these out and makes the layers ID-mapped mounts before it mounts."""
-    names = (("uidmap", UID_MAPPING), ("gidmap", GID_MAPPING))
-    return tuple(f"{option}={labels[label]}" for option, label in names if labels.get(label))
 
 
 def _in_user_namespace() -> bool:

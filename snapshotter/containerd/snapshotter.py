@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import logging
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 import msgspec
@@ -24,14 +25,16 @@ from snapshotter.containerd.directories import Directories
 from snapshotter.containerd.errors import AlreadyExistsError, UnavailableError
 from snapshotter.containerd.fallbacks import Fallback, Fallbacks
 from snapshotter.containerd.filters import compile_filters
+from snapshotter.containerd.idmapped import IdmappedDirectories
 from snapshotter.containerd.labels import REFERENCE, TARGET, image_labels, lazy_labels
 from snapshotter.containerd.lazy import LayerPlace, LazyImages, Refused
 from snapshotter.containerd.metadata import Chain, Metadata, Record
 from snapshotter.containerd.overlay import (
     check_path,
+    id_mapping,
     kernel_options,
-    mapped_owner,
     overlay_mounts,
+    root_of,
 )
 from snapshotter.containerd.snapshots import Info, Kind, Mount, Usage
 from snapshotter.containerd.usage import tree_usage
@@ -74,13 +77,17 @@ class Snapshotter:
     has either done all of its work or none.
     """
 
-    def __init__(self, root: Path, lazy: LazyImages) -> None:
-        """Open `<root>/containerd`, or make it. Raises StoreError."""
+    def __init__(self, root: Path, lazy: LazyImages, idmapped: Path) -> None:
+        """Open `<root>/containerd`, or make it. Raises StoreError.
+
+        In the directory `idmapped` are mounts for containers in user namespaces.
+        """
         home = root.absolute() / "containerd"
         check_path(home)
         make_directory(home)  # by itself, because its parents get the usual mode
         self._lazy = lazy
         self._directories = Directories(home / "snapshots")
+        self._idmapped = IdmappedDirectories(idmapped.absolute())
         self._database = Database(home / "metadata.db")
         self._metadata = Metadata(self._database)
         self._fallbacks = Fallbacks(self._database)
@@ -91,6 +98,10 @@ class Snapshotter:
     def close(self) -> None:
         """Release the metadata; containers go on."""
         self._database.close()
+
+    def unmount(self) -> None:
+        """Take down what is mounted for snapshots. It blocks; containers go on."""
+        self._idmapped.close()
 
     async def recover(self) -> None:
         """Clean up after a crash, and say which images have snapshots."""
@@ -133,10 +144,13 @@ class Snapshotter:
         """The mounts of an active snapshot or a view, once more."""
         record, chain = await self._in_thread(self._metadata.chain_of, key)
         lowers = await self._lowers(chain)
-        directory = self._directories.path(record.id)
-        return overlay_mounts(
-            record.info.kind, directory, lowers, record.info.labels, self._options
-        )
+
+        def show() -> Sequence[Mount]:
+            shown = self._idmapped.lowers(record.id, lowers, id_mapping(record.info.labels))
+            directory = self._directories.path(record.id)
+            return overlay_mounts(record.info.kind, directory, shown, self._options)
+
+        return await self._in_thread(show)
 
     async def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str) -> None:
         """Make an active snapshot immutable, under a new name and with these labels only."""
@@ -144,11 +158,22 @@ class Snapshotter:
         usage = _NOTHING
         if record.info.kind is Kind.ACTIVE:
             usage = await self._scan(record)
-        await self._in_thread(self._metadata.commit, name, key, labels, parent, usage)
+
+        def commit() -> None:
+            self._metadata.commit(name, key, labels, parent, usage)
+            self._idmapped.remove(str(record.id))  # it has no mounts any more
+
+        await self._in_thread(commit)
 
     async def remove(self, key: str) -> None:
         """Forget a snapshot; `cleanup` deletes its directory."""
-        place = (await self._in_thread(self._metadata.remove, key)).place
+
+        def remove() -> Record:
+            record = self._metadata.remove(key)
+            self._idmapped.remove(str(record.id))
+            return record
+
+        place = (await self._in_thread(remove)).place
         if place is not None:
             await self._release(place)
 
@@ -231,17 +256,26 @@ class Snapshotter:
         lowers = await self._lowers(chain)
 
         def create() -> Sequence[Mount]:
-            try:
-                owner = mapped_owner(labels) or _owner_of_nearest(chain, lowers)
-            except UnavailableError:
-                self._metadata.chain_under(parent)  # removed meanwhile?
-                raise
-            with self._directories.draft(owner, writable=kind is Kind.ACTIVE) as draft:
+            mapping = id_mapping(labels)
+            with ExitStack() as stack:
+                try:
+                    owner = root_of(mapping) if mapping else _owner_of_nearest(chain, lowers)
+                    shown = stack.enter_context(self._idmapped.draft(lowers, mapping))
+                except UnavailableError:
+                    self._metadata.chain_under(parent)  # removed meanwhile?
+                    raise
+                writable = kind is Kind.ACTIVE
+                draft = stack.enter_context(self._directories.draft(owner, writable=writable))
+
+                def settle(created: int) -> None:
+                    draft.settle(created)
+                    shown.settle(created)
+
                 created = self._metadata.create(
-                    kind, key, parent, labels, planned=chain, settle=draft.settle
+                    kind, key, parent, labels, planned=chain, settle=settle
                 )
             directory = self._directories.path(created)
-            return overlay_mounts(kind, directory, lowers, labels, self._options)
+            return overlay_mounts(kind, directory, shown.lowers, self._options)
 
         return await self._in_thread(create)
 
@@ -268,7 +302,10 @@ class Snapshotter:
     def _delete_unknown(self) -> Sequence[str]:
         """Delete all directories that have no row; the names of those that are gone."""
         names = self._directories.names()  # before the rows: see Metadata.ids
+        mapped = self._idmapped.names()
         known = {str(snapshot) for snapshot in self._metadata.ids()}
+        for name in mapped - known:
+            self._idmapped.remove(name)
         return [name for name in sorted(names - known) if self._directories.delete(name)]
 
     async def _in_thread(

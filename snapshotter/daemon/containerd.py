@@ -87,7 +87,9 @@ async def serve_containerd(
     """
     places = Places(config.root, config.state)
     lazies = LazySnapshots(images, config.images)
-    snapshotter = await trio.to_thread.run_sync(Snapshotter, config.root, lazies)
+    snapshotter = await trio.to_thread.run_sync(
+        Snapshotter, config.root, lazies, places.state / "idmapped"
+    )
     counters = CallCounters()
     try:
         await snapshotter.recover()
@@ -112,6 +114,7 @@ async def serve_containerd(
     finally:
         with trio.CancelScope(shield=True):
             if not stop.leaves:
+                await trio.to_thread.run_sync(snapshotter.unmount)
                 await lazies.close()
             await trio.to_thread.run_sync(snapshotter.close)
 

@@ -1,8 +1,8 @@
-"""Idmapped mounts: whether containers in user namespaces can have a file system as theirs.
+"""Idmapped mounts: directories as containers in user namespaces have them.
 
-containerd makes a copy of each lower directory whose files' owners are shifted into the
-container's user namespace (mount_setattr(2) with MOUNT_ATTR_IDMAP). Not every file system can be
-shown so, and no table tells which: here the kernel is asked.
+Such a mount is a copy of another one, in which files' owners are shifted into a user namespace
+(mount_setattr(2) with MOUNT_ATTR_IDMAP). Not every file system can be shown so, and no table tells
+which: the kernel is asked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from snapshotter.mounts.errors import MountError
 from snapshotter.mounts.table import read_mounts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _CHILD_SECONDS = 10.0
 
@@ -36,6 +36,17 @@ failed = libc.unshare(0x10000000)  # CLONE_NEWUSER
 print(ctypes.get_errno() if failed else 0, flush=True)
 sys.stdin.read()
 """
+
+
+@dataclass(frozen=True, slots=True)
+class IdMapping:
+    """Which ids inside of a user namespace are which outside: ranges (inside, outside, count)."""
+
+    users: Sequence[tuple[int, int, int]]
+    groups: Sequence[tuple[int, int, int]]
+
+
+_ROOT_ALONE = IdMapping([(0, 0, 1)], [(0, 0, 1)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,36 +69,45 @@ def can_idmap(directory: Path) -> IdmapSupport:
     worker thread. Needs root; whatever stands in the way becomes the reason.
     """
     try:
-        with user_namespace(first=0, count=1) as namespace:
-            tree = syscalls.clone_tree(directory)
-            try:
-                syscalls.set_idmap(tree, namespace, directory)
-            except MountError as error:
-                if error.errno == errno.EINVAL:
-                    return IdmapSupport(_refusal(directory))
-                raise
-            finally:
-                os.close(tree)
+        with user_namespace(_ROOT_ALONE) as namespace:
+            os.close(clone_idmapped(directory, namespace))
     except MountError as error:
         return IdmapSupport(str(error))
     return IdmapSupport("")
 
 
+def clone_idmapped(directory: Path, namespace: int) -> int:
+    """A copy of the mount that shows `directory`, as `syscalls.clone_tree` makes it, with owners
+    as the user namespace (a descriptor) maps them.
+
+    Raises MountError, with `errno` EINVAL if the file system cannot be shown so.
+    """
+    tree = syscalls.clone_tree(directory)
+    try:
+        syscalls.set_idmap(tree, namespace, directory)
+    except MountError as error:
+        os.close(tree)
+        if error.errno == errno.EINVAL:
+            raise MountError(_refusal(directory), errno=errno.EINVAL) from error
+        raise
+    return tree
+
+
 @contextmanager
-def user_namespace(first: int, count: int) -> Iterator[int]:
-    """A new user namespace whose ids 0 … count - 1, of users and groups, are `first` … outside.
+def user_namespace(mapping: IdMapping) -> Iterator[int]:
+    """A new user namespace with this mapping.
 
     Gives a descriptor (close-on-exec) for as long as the block lasts; no process stays in the
     namespace. Raises MountError.
     """
-    namespace = _make_user_namespace(f"0 {first} {count}\n")
+    namespace = _make_user_namespace(mapping)
     try:
         yield namespace
     finally:
         os.close(namespace)
 
 
-def _make_user_namespace(mapping: str) -> int:
+def _make_user_namespace(mapping: IdMapping) -> int:
     # Isolated and without site: a third of the start-up time, and nobody's environment matters.
     command = [sys.executable, "-I", "-S", "-c", _CHILD]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
@@ -100,8 +120,8 @@ def _make_user_namespace(mapping: str) -> int:
                     hint="see user.max_user_namespaces and the security modules' settings",
                 )
             process = Path(f"/proc/{child.pid}")  # the number is the child's until it is waited for
-            (process / "uid_map").write_text(mapping)
-            (process / "gid_map").write_text(mapping)
+            (process / "uid_map").write_text(_lines(mapping.users))
+            (process / "gid_map").write_text(_lines(mapping.groups))
             return os.open(process / "ns" / "user", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise MountError(
@@ -109,6 +129,11 @@ def _make_user_namespace(mapping: str) -> int:
             ) from error
         finally:
             child.kill()
+
+
+def _lines(ranges: Sequence[tuple[int, int, int]]) -> str:
+    """As user_namespaces(7) has them."""
+    return "".join(f"{inside} {outside} {count}\n" for inside, outside, count in ranges)
 
 
 def _read_line(child: subprocess.Popen[bytes]) -> str:

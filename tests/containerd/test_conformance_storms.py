@@ -153,7 +153,8 @@ class TestRemovedMeanwhile:
 
     @pytest.fixture
     async def snapshotter(self, tmp_path: Path) -> AsyncIterator[Snapshotter]:
-        made = Snapshotter(tmp_path / "root", DirectoryImages(tmp_path / "images"))
+        images = DirectoryImages(tmp_path / "images")
+        made = Snapshotter(tmp_path / "root", images, tmp_path / "idmapped")
         yield made
         made.close()
 
@@ -199,7 +200,7 @@ class TestRemovedMeanwhile:
     ) -> None:
         await snapshotter.prepare("extract", "", {})
         await snapshotter.commit("low", "extract", {}, "")
-        remove_before("mapped_owner", "low")
+        remove_before("_owner_of_nearest", "low")
         with pytest.raises(NotFoundError):
             await snapshotter.prepare("active", "low", {})
         assert await snapshotter.list([]) == []

@@ -9,11 +9,13 @@ import pytest
 from snapshotter.containerd.errors import InvalidArgumentError
 from snapshotter.containerd.overlay import (
     check_path,
+    id_mapping,
     kernel_options,
-    mapped_owner,
     overlay_mounts,
+    root_of,
 )
 from snapshotter.containerd.snapshots import Kind, Mount
+from snapshotter.mounts.idmap import IdMapping
 from snapshotter.store.errors import StoreError
 
 OWN = Path("/root/5")
@@ -25,26 +27,26 @@ MAPPED = {UID: "0:1000:65536", GID: "0:2000:65536"}
 
 def test_without_a_parent_it_is_a_bind_of_its_own_directory() -> None:
     for kind, access in ((Kind.ACTIVE, "rw"), (Kind.VIEW, "ro")):
-        assert overlay_mounts(kind, OWN, [], {}, ["index=off"]) == (
+        assert overlay_mounts(kind, OWN, [], ["index=off"]) == (
             Mount("bind", "/root/5/fs", (access, "rbind")),
         )
 
 
 def test_a_view_of_one_directory_is_a_read_only_bind_of_it() -> None:
-    assert overlay_mounts(Kind.VIEW, OWN, LOWERS[1:], {}, ["index=off"]) == (
+    assert overlay_mounts(Kind.VIEW, OWN, LOWERS[1:], ["index=off"]) == (
         Mount("bind", "/fuse/image/3", ("ro", "rbind")),
     )
 
 
 def test_a_view_of_several_has_no_upper_directory() -> None:
-    assert overlay_mounts(Kind.VIEW, OWN, LOWERS, {}, ["index=off"]) == (
+    assert overlay_mounts(Kind.VIEW, OWN, LOWERS, ["index=off"]) == (
         Mount("overlay", "overlay", ("lowerdir=/root/4/fs:/fuse/image/3", "index=off")),
     )
 
 
 @pytest.mark.parametrize("lowers", [LOWERS, LOWERS[:1]])
 def test_an_active_snapshot_is_an_overlay(lowers: list[Path]) -> None:
-    assert overlay_mounts(Kind.ACTIVE, OWN, lowers, {}, ["userxattr", "index=off"]) == (
+    assert overlay_mounts(Kind.ACTIVE, OWN, lowers, ["userxattr", "index=off"]) == (
         Mount(
             "overlay",
             "overlay",
@@ -57,13 +59,6 @@ def test_an_active_snapshot_is_an_overlay(lowers: list[Path]) -> None:
             ),
         ),
     )
-
-
-@pytest.mark.parametrize("kind", [Kind.ACTIVE, Kind.VIEW])
-@pytest.mark.parametrize("lowers", [LOWERS, LOWERS[:1], []])
-def test_id_mappings_are_passed_on_in_front(kind: Kind, lowers: list[Path]) -> None:
-    (mount,) = overlay_mounts(kind, OWN, lowers, MAPPED, [])
-    assert mount.options[:2] == ("uidmap=0:1000:65536", "gidmap=0:2000:65536")
 
 
 def test_the_kernel_of_this_machine_is_asked() -> None:
@@ -94,7 +89,13 @@ def test_other_paths_are_fine() -> None:
 def test_the_owner_is_root_of_the_user_namespace(
     labels: dict[str, str], owner: tuple[int, int] | None
 ) -> None:
-    assert mapped_owner(labels) == owner
+    mapping = id_mapping(labels)
+    assert (mapping and root_of(mapping)) == owner
+
+
+def test_all_ranges_of_a_mapping_count() -> None:
+    ranges = [(1, 5, 10), (0, 1000, 1)]
+    assert id_mapping({UID: "1:5:10,0:1000:1"}) == IdMapping(ranges, [(0, 0, 2**32 - 1)])
 
 
 @pytest.mark.parametrize(
@@ -114,4 +115,4 @@ def test_the_owner_is_root_of_the_user_namespace(
 )
 def test_mappings_that_make_no_sense(mapping: str) -> None:
     with pytest.raises(InvalidArgumentError):
-        mapped_owner({UID: mapping})
+        id_mapping({UID: mapping})

@@ -23,7 +23,7 @@ from snapshotter.fuse.handshake import HandshakeError
 from snapshotter.fuse.session import FILE_SYSTEM
 from snapshotter.mounts import syscalls
 from snapshotter.mounts.errors import MountError
-from snapshotter.mounts.idmap import can_idmap, user_namespace
+from snapshotter.mounts.idmap import IdMapping, can_idmap, user_namespace
 from snapshotter.mounts.syscalls import MountFlag
 from snapshotter.mounts.table import mount_at
 from tests.support.serving import MemoryLayer, directory, packed, served, view_of
@@ -66,7 +66,8 @@ def open_files() -> list[str]:
 def idmapped(source: Path, target: Path) -> Iterator[None]:
     """A copy of the mount at `source`, as containerd makes one: a container's 0 is 100000."""
     target.mkdir()
-    with user_namespace(first=100_000, count=65536) as namespace:
+    shift = [(0, 100_000, 65536)]
+    with user_namespace(IdMapping(shift, shift)) as namespace:
         tree = syscalls.clone_tree(source)
         try:
             syscalls.set_idmap(tree, namespace, source)

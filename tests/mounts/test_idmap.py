@@ -9,7 +9,7 @@ import pytest
 
 from snapshotter.mounts import idmap, syscalls
 from snapshotter.mounts.errors import MountError
-from snapshotter.mounts.idmap import can_idmap, user_namespace
+from snapshotter.mounts.idmap import IdMapping, can_idmap, clone_idmapped, user_namespace
 from snapshotter.mounts.syscalls import MountFlag
 from snapshotter.mounts.table import read_mounts
 from tests.support.nobody import NOBODY, as_nobody
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.root
+
+ROOT = IdMapping([(0, 0, 1)], [(0, 0, 1)])
 
 
 def owner(path: Path) -> tuple[int, int]:
@@ -46,15 +48,14 @@ def test_owners_are_shifted_into_the_namespace_and_back(tmpfs: Path, tmp_path: P
         os.chown(tmpfs / str(uid), uid, uid)
     target = tmp_path / "target"
     target.mkdir()
-    with user_namespace(first=100_000, count=100) as namespace:
-        tree = syscalls.clone_tree(tmpfs)
-        syscalls.set_idmap(tree, namespace, tmpfs)
+    with user_namespace(IdMapping([(0, 100_000, 100)], [(0, 200_000, 7), (7, 7, 93)])) as namespace:
+        tree = clone_idmapped(tmpfs, namespace)
         syscalls.attach(tree, target)
         os.close(tree)
     try:
-        assert owner(target / "0") == (100_000, 100_000)
-        assert owner(target / "7") == (100_007, 100_007)
-        assert owner(target / "99") == (100_099, 100_099)
+        assert owner(target / "0") == (100_000, 200_000)
+        assert owner(target / "7") == (100_007, 7)
+        assert owner(target / "99") == (100_099, 99)
         assert owner(target / "100") == (NOBODY, NOBODY)
         assert owner(tmpfs / "7") == (7, 7)
     finally:
@@ -119,7 +120,7 @@ def test_without_root_the_reason_says_so(tmp_path: Path) -> None:
 
 def test_no_process_stays_in_the_namespace() -> None:
     before = children()
-    with user_namespace(first=0, count=1):
+    with user_namespace(ROOT):
         assert children() == before
 
 
@@ -129,7 +130,7 @@ def test_a_namespace_that_is_refused_has_the_kernels_reason(
     monkeypatch.setattr(idmap, "_CHILD", "print(28)")
     with (
         pytest.raises(MountError, match=r"No space left on device: see user\.max_user_n"),
-        user_namespace(first=0, count=1),
+        user_namespace(ROOT),
     ):
         pass
 
@@ -149,6 +150,6 @@ def test_a_child_that_dies_or_is_silent_is_not_waited_for(
 def test_a_mapping_that_the_kernel_refuses_is_an_error() -> None:
     with (
         pytest.raises(MountError, match="no user namespace can be set up: Invalid argument"),
-        user_namespace(first=0, count=0),
+        user_namespace(IdMapping([(0, 0, 0)], [])),
     ):
         pass

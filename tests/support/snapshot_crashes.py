@@ -163,14 +163,14 @@ def crash(folder: Path, work: Callable[[Snapshotter], Awaitable[None]]) -> int:
             root: Path = root, step: int = step, images: Callable[[], DirectoryImages] = images
         ) -> None:
             killer = Killer(step)
-            snapshotter = Snapshotter(root, images())
+            snapshotter = Snapshotter(root, images(), root / "idmapped")
             await begin(snapshotter)
             killer.arm()
             await work(snapshotter)
 
         async def second(root: Path = root, images: Callable[[], DirectoryImages] = images) -> None:
             served = images()
-            snapshotter = Snapshotter(root, served)
+            snapshotter = Snapshotter(root, served, root / "idmapped")
             await snapshotter.recover()
             await check_whole(snapshotter, root)
             lazy = await snapshotter.list(['labels."containerd.io/snapshot/remote"'])
