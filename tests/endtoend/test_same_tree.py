@@ -137,13 +137,24 @@ def test_an_image_of_120_layers(here: Instance, registry: RunningRegistry, tmp_p
         assert_same(read_tree(mounted), expected)
 
 
-def test_the_demos_image(here: Instance, tmp_path: Path) -> None:
-    """Thousands of real files of real packages."""
-    build_sample(tmp_path / "layout", lambda: None)
-    image = f"oci:{tmp_path}/layout:{SAMPLE_TAG}"
+@pytest.fixture(scope="module")
+def demos(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[str, frozenset[bytes], dict[bytes, Item]]:
+    """The demo's image, the directories that no layer of it names, and its tree."""
+    folder = tmp_path_factory.mktemp("demos")
+    build_sample(folder / "layout", lambda: None)
+    image = f"oci:{folder}/layout:{SAMPLE_TAG}"
     firstbyte("index", "build", image, "--push")
-    unnamed = directories_that_no_layer_names(tmp_path / "layout")
-    expected = unpack(tmp_path / "layout", tmp_path, unnamed, SAMPLE_TAG)
+    unnamed = directories_that_no_layer_names(folder / "layout")
+    return image, unnamed, unpack(folder / "layout", folder, unnamed, SAMPLE_TAG)
+
+
+def test_the_demos_image(
+    here: Instance, demos: tuple[str, frozenset[bytes], dict[bytes, Item]]
+) -> None:
+    """Thousands of real files of real packages."""
+    image, unnamed, expected = demos
     assert len(expected) > 3000
     with here.mounted(image) as mounted:
         assert_same(read_tree(mounted, timeless=unnamed), expected)
@@ -199,19 +210,29 @@ def test_a_sparse_file_over_4_gib(here: Instance, tmp_path: Path) -> None:
                 )
 
 
-def test_a_layer_over_4_gib(here: Instance, tmp_path: Path) -> None:
-    """Offsets into raw space have more than 32 bits; a file of more than 4 GiB is not sparse."""
-    size = (4 << 30) + 5
+HUGE = (4 << 30) + 5
+
+
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image whose one layer holds a file of HUGE bytes, and one behind it."""
+    folder = tmp_path_factory.mktemp("huge")
+    size = HUGE
     head = encode(Member(b"big", size=size))
     tail = b"END!!" + bytes(-size % 512) + tar(file(b"behind", b"it"))
     zeros = bytes(4 << 20)
     raw_pieces = [head, *[zeros] * (size // len(zeros)), tail]
     layer = (seekable(raw_pieces), raw_digest(raw_pieces))
-    write_packed(tmp_path / "layout", [layer], "application/vnd.oci.image.layer.v1.tar+zstd")
-    firstbyte("index", "build", f"oci:{tmp_path}/layout", "--push")
-    with here.mounted(f"oci:{tmp_path}/layout") as mounted:
+    write_packed(folder / "layout", [layer], "application/vnd.oci.image.layer.v1.tar+zstd")
+    firstbyte("index", "build", f"oci:{folder}/layout", "--push")
+    return folder / "layout"
+
+
+def test_a_layer_over_4_gib(here: Instance, huge: Path) -> None:
+    """Offsets into raw space have more than 32 bits; a file of more than 4 GiB is not sparse."""
+    with here.mounted(f"oci:{huge}") as mounted:
         assert (mounted / "behind").read_bytes() == b"it"
-        assert (mounted / "big").stat().st_size == size
+        assert (mounted / "big").stat().st_size == HUGE
         with (mounted / "big").open("rb") as lazy:
             assert os.pread(lazy.fileno(), 100, 4 << 30) == b"END!!"
             assert os.pread(lazy.fileno(), 7, (4 << 30) - 5) == b"\0\0\0\0\0EN"
