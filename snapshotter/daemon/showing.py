@@ -76,7 +76,7 @@ class SharedSpace:
             try:
                 return await layer.read(offset, length)
             except FetchError:
-                if layer in self.layers[:1]:
+                if not self.layers or layer is self.layers[0]:
                     raise  # else its image was closed meanwhile, and another one has the layer
 
 
@@ -187,8 +187,7 @@ class Showing:
         async with shown.lock:
             if wanted is not None:
                 return wanted, await self._directory(shown, wanted)
-            if not local:
-                shown.why = "not all of it is on this node yet"
+            shown.why = "" if local else "not all of it is on this node yet"
             for mode in (Mode.NATIVE, Mode.EROFS) if local else (Mode.EROFS,):
                 try:
                     return mode, await self._directory(shown, mode)
