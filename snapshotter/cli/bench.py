@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,11 @@ import click
 from snapshotter.bench import building, corpus, first_read, mounting, opening, reading, tables
 from snapshotter.bench.conditions import Conditions
 from snapshotter.bench.images import FORMS, GZIP, write_image
+from snapshotter.bench.layers import many_layers
 from snapshotter.cli.connection import json_option
+from snapshotter.demo.interruption import InterruptedBySignal, Interruption
+from snapshotter.demo.run import check_machine
+from snapshotter.demo.workspace import Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +27,24 @@ if TYPE_CHECKING:
 
 _MOUNTED_FILES = 1_000_000
 _OPENED_FILES = (28_000, _MOUNTED_FILES)  # a large language runtime, and the largest images known
+_LAYERS = (127, 200)  # docker's limit, and beyond
 _PARENT = Path("/var/tmp")  # noqa: S108  (on a disk, as images are; the name in it is random)
 
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every benchmark of files takes."""
+    return click.option(
+        "--corpus",
+        "directories",
+        metavar="DIR",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        multiple=True,
+        help="Directories to measure with, each a layer [default: some of this machine's "
+        f"programs, {corpus.DEFAULT_LIMIT >> 20} MiB of each directory].",
+    )(_output_options(command))
+
+
+def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What every benchmark takes."""
     for option in (
         click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown tables."),
@@ -36,15 +55,6 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
             default=5,
             show_default=True,
             help="How often everything is measured.",
-        ),
-        click.option(
-            "--corpus",
-            "directories",
-            metavar="DIR",
-            type=click.Path(exists=True, file_okay=False, path_type=Path),
-            multiple=True,
-            help="Directories to measure with, each a layer [default: some of this machine's "
-            f"programs, {corpus.DEFAULT_LIMIT >> 20} MiB of each directory].",
         ),
     ):
         command = option(command)
@@ -100,6 +110,32 @@ def read(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown
         _say("reading an image of which nothing is local")
         results.append(first_read.first_read(image, workspace / "first", samples))
         _show([conditions.table(), *results], as_json, as_markdown)
+
+
+@bench.command()
+@click.option(
+    "--layers",
+    "counts",
+    metavar="N",
+    type=click.IntRange(min=2),
+    multiple=True,
+    default=_LAYERS,
+    show_default=True,
+    help="How many layers are many; may be given several times.",
+)
+@_output_options
+def layers(counts: tuple[int, ...], samples: int, as_json: bool, as_markdown: bool) -> None:
+    """Starting an image of many layers with containerd, against the same in one."""
+    check_machine()
+    try:
+        with Interruption() as interruption, Workspace(interruption, _say) as workspace:
+            conditions = Conditions(workspace.path)
+            _say(f"starting images of 1, {', '.join(map(str, counts))} layers")
+            results = many_layers(workspace, counts, samples)
+            _show([conditions.table(), *results], as_json, as_markdown)
+    except InterruptedBySignal as interrupted:
+        click.echo(f"firstbyte: {interrupted}", err=True)
+        sys.exit(128 + interrupted.number)
 
 
 @contextmanager

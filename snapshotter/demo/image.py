@@ -30,7 +30,7 @@ from snapshotter.demo.sample import catalogue
 from snapshotter.registry.platform import Platform
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 TAG = "sample"  # of the image in the layout
 
@@ -55,7 +55,7 @@ def build(layout: Path, check: Callable[[], None]) -> tuple[Layer, ...]:
     """
     blobs = layout / "blobs" / "sha256"
     blobs.mkdir(parents=True)
-    plans = [*_package_layers(Packages.installed()), list(_application())]
+    plans = [*package_layers(Packages.installed(), _LAYERS), list(_application())]
 
     # zlib lets other threads run, so two processors compress two layers.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -79,11 +79,14 @@ def build(layout: Path, check: Callable[[], None]) -> tuple[Layer, ...]:
     return layers
 
 
-def _package_layers(packages: Packages) -> Iterator[list[Member]]:
+def package_layers(packages: Packages, layers: Iterable[Sequence[str]]) -> Iterator[list[Member]]:
+    """What goes into each layer: the packages named for it, and what they need that no layer below
+    has. The lowest also gets what belongs to no package.
+    """
     chosen: list[str] = []
     written: set[str] = set()
     aliases = _aliases()
-    for number, roots in enumerate(_LAYERS):
+    for number, roots in enumerate(layers):
         added = packages.closure(roots, without=chosen)
         chosen += added
         members: list[Member] = []

@@ -25,10 +25,10 @@ _FIRSTBYTE = (sys.executable, "-m", "snapshotter.cli.main")
 
 # Whatever is configured on this machine: nothing in the workspace is to meet it.
 _CONFIGURATION = """\
-root = "{workspace}/root"
-state = "{workspace}/state"
+root = "{directory}/root"
+state = "{directory}/state"
 [registry]
-config_path = "{workspace}/nothing"
+config_path = "{directory}/nothing"
 """
 
 _BUILD_SECONDS = 3600.0
@@ -45,8 +45,17 @@ class _Image(msgspec.Struct, frozen=True):
     total_bytes: int
 
 
+class Calls(msgspec.Struct, frozen=True):
+    """How often containerd's call `method` ended in one way, and the seconds it took in sum."""
+
+    method: str
+    count: int
+    seconds: float
+
+
 class _ForContainerd(msgspec.Struct, frozen=True):
     images: list[_Image]
+    calls: list[Calls]
 
 
 class _Fetched(msgspec.Struct, frozen=True):
@@ -68,17 +77,18 @@ class Node:
     """An instance of FirstByte in the workspace, with nothing in its store yet.
 
     Its daemon runs from the end of the constructor until `stop`, as containerd does. `address` is
-    where it is containerd's snapshotter.
+    where it is containerd's snapshotter. `name` must be new in the workspace.
     """
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, name: str = "node") -> None:
         self._workspace = workspace
-        places = Places(workspace.path / "root", workspace.path / "state")
-        configuration = workspace.path / "firstbyte.toml"
-        configuration.write_text(_CONFIGURATION.format(workspace=workspace.path))
+        directory = workspace.directory(name)
+        places = Places(directory / "root", directory / "state")
+        configuration = directory / "config.toml"
+        configuration.write_text(_CONFIGURATION.format(directory=directory))
         self.address = places.state / SOCKET_NAME
         self._options = ("--config", configuration)
-        self._log = workspace.path / "daemon.log"
+        self._log = directory / "log"
         with self._log.open("wb") as log:
             self._daemon = workspace.start(
                 [*_FIRSTBYTE, "daemon", *self._options],
@@ -105,6 +115,10 @@ class Node:
         return sum(
             fetched.bytes for cause, fetched in self._status().fetched.items() if cause != "fill"
         )
+
+    def calls(self) -> list[Calls]:
+        """What containerd has asked of it so far."""
+        return self._status().containerd.calls
 
     def _status(self) -> _Status:
         text = self._firstbyte("status", "--json", seconds=_COMMAND_SECONDS)

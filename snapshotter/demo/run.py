@@ -71,7 +71,7 @@ def run_demo(workload: Workload, narrator: Narrator) -> Timeline:
 
     For the main thread. Raises DemoError and other FirstByteErrors, or InterruptedBySignal.
     """
-    _check_machine()
+    check_machine()
     with Interruption() as interruption, Workspace(interruption, narrator.say) as workspace:
         try:
             return _Demo(workload, narrator, workspace).run()
@@ -82,9 +82,10 @@ def run_demo(workload: Workload, narrator: Narrator) -> Timeline:
             narrator.say("* clean up")
 
 
-def _check_machine() -> None:
+def check_machine() -> None:
+    """Raise DemoError if this machine or this user cannot run what the demo runs."""
     if os.geteuid():
-        raise DemoError("the demo mounts file systems and runs containers", hint="run it as root")
+        raise DemoError("this mounts file systems and runs containers", hint="run it as root")
     if missing := [program for program in _PROGRAMS if not shutil.which(program)]:
         raise DemoError(f"not installed: {', '.join(missing)}", hint="'make demo' installs them")
 

@@ -92,10 +92,10 @@ def test_a_container_is_what_its_image_says(
 def test_what_is_left_of_a_container_ends_with_containerd(
     workspace: Workspace, containerd: Containerd, talks: str
 ) -> None:
-    task = Task(containerd, "test", talks)
-    task.start({})
-    wait_ready(SignOfLifeProbe(), task, workspace.interruption, SECONDS)
+    options = ("--detach", "--null-io", "--net-host", "--cgroup", f"/{containerd.cgroup}/test")
+    containerd.ctr("run", *options, "--runc-root", containerd.directory / "runc", talks, "test")
     (socket,) = shim_sockets(workspace)
+    assert left(workspace)
     containerd.stop()
     containerd.stop()
     assert list(Path("/sys/fs/cgroup").glob(f"**/{workspace.path.name}*")) == []
