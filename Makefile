@@ -27,11 +27,13 @@ test: ## install what the tests need, and run them all
 	@# on a disk: tmpfs cannot be read without waiting, nor hold an image's devices
 	TMPDIR=/var/tmp .venv/bin/pytest --numprocesses 2 --dist loadfile
 
-bench: ## measure index, store and file system; prints the tables of docs/benchmarks.md
+bench: ## measure index, store, file system and layers; prints the tables of docs/benchmarks.md
 	@scripts/setup program demo
 	@.venv/bin/firstbyte bench index --markdown
 	@echo
 	@.venv/bin/firstbyte bench read --markdown
+	@echo
+	@.venv/bin/firstbyte bench layers --markdown
 
 clean: ## remove everything that the other targets made here
 	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

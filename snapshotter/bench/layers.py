@@ -132,6 +132,8 @@ def _start(workspace: Workspace, name: str, reference: str, *, lazy: bool) -> St
         pulled = time.perf_counter()
         _run(workspace, task)
         ended = time.perf_counter()
+        if node:
+            node.local_bytes()  # raises if it was not lazy
     except DemoError as error:
         if lazy:
             raise

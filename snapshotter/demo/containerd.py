@@ -38,6 +38,7 @@ _NAMESPACE = "k8s.io"  # the CRI's
 
 # `disable_snapshot_annotations`: the labels that tell a snapshotter the image. From containerd 2.1
 # on this pulls as 1.6 does and not through the transfer service; the same with either snapshotter.
+# Without a table of `runtimes` containerd 2 would not take these settings over.
 # An empty `config_path` and `conf_dir` are no mirrors and no network of the machine's.
 _CONFIGURATION = """\
 version = 2
@@ -56,6 +57,8 @@ address = {socket}
 [plugins."io.containerd.grpc.v1.cri".containerd]
 snapshotter = {snapshotter}
 disable_snapshot_annotations = false
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.grpc.v1.cri".cni]
 conf_dir = {nothing}
 [plugins."io.containerd.grpc.v1.cri".registry]

@@ -53,8 +53,15 @@ class Calls(msgspec.Struct, frozen=True):
     seconds: float
 
 
+class _Fallback(msgspec.Struct, frozen=True):
+    """An image that containerd has pulled as without us, and why."""
+
+    reason: str
+
+
 class _ForContainerd(msgspec.Struct, frozen=True):
     images: list[_Image]
+    fallbacks: list[_Fallback]
     calls: list[Calls]
 
 
@@ -104,11 +111,15 @@ class Node:
         self._firstbyte("mount", reference, directory, seconds=_MOUNT_SECONDS)
 
     def local_bytes(self) -> tuple[int, int]:
-        """How much of its one image, unpacked, is on this machine, and how much there is."""
+        """How much of its one image, unpacked, is on this machine, and how much there is.
+
+        Raises DemoError if there is none: containerd has pulled it as without FirstByte.
+        """
         status = self._status()
         for image in (*status.mounts, *status.containerd.images):
             return image.local_bytes, image.total_bytes
-        raise DemoError("firstbyte has no image to tell of")
+        reasons = [fallback.reason for fallback in status.containerd.fallbacks]
+        raise DemoError("no image is served lazily", hint="; ".join(reasons))
 
     def needed_bytes(self) -> int:
         """What was fetched because somebody waited for it, or was about to, in compressed bytes."""
