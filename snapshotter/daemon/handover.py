@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _FUSE = "fuse"
 _CONTAINERD = "containerd"
+_SOCKET_UNIT = "firstbyte.socket"  # systemd names a socket unit's descriptor like the unit
 
 
 class Inheritance:
@@ -40,6 +41,7 @@ class Inheritance:
         self._store = store
         self._records = records
         self._left = store.kept()
+        self._activated = False
 
     def mount(self) -> tuple[Connection, bool]:
         """The FUSE mount, and whether it is a predecessor's that goes on. Raises MountError."""
@@ -72,18 +74,47 @@ class Inheritance:
 
     def containerd_listener(self, address: Path) -> trio.SocketListener:
         """The socket that containerd connects to. Raises DaemonError."""
-        descriptor = self._left.pop(_CONTAINERD, None)
-        if descriptor is not None:
-            left = socket.socket(fileno=descriptor)
-            if left.getsockname() == os.fspath(address) and address.is_socket():
-                return trio.SocketListener(trio.socket.from_stdlib_socket(left))
-            left.close()
+        given = self._take_listener(_SOCKET_UNIT, address)
+        if given is not None:
+            self._activated = True
+            self._discard_stored()
+            return given
+        left = self._take_listener(_CONTAINERD, address)
+        if left is not None:
+            return left
         listener = listen(address)
         self._store.keep(_CONTAINERD, listener.socket.fileno())
         return listener
 
+    def _take_listener(self, name: str, address: Path) -> trio.SocketListener | None:
+        """The socket that we were given under a name, if it is the one at `address`."""
+        descriptor = self._left.pop(name, None)
+        if descriptor is None:
+            return None
+        given = socket.socket(fileno=descriptor)
+        if given.getsockname() == os.fspath(address) and address.is_socket():
+            return trio.SocketListener(trio.socket.from_stdlib_socket(given))
+        if name == _SOCKET_UNIT:
+            log.warning(
+                "%s listens at %s, which nobody serves: the configuration has %s",
+                _SOCKET_UNIT,
+                given.getsockname(),
+                address,
+            )
+        given.close()
+        return None
+
+    def _discard_stored(self) -> None:
+        """Give up the socket of a time before there was a socket unit: nobody can reach it."""
+        descriptor = self._left.pop(_CONTAINERD, None)
+        if descriptor is not None:
+            os.close(descriptor)
+            self._store.forget(_CONTAINERD)
+
     def close_containerd_listener(self, listener: trio.SocketListener, address: Path) -> None:
-        """Give the socket up, for everybody."""
+        """Give the socket up, for everybody; systemd's own stays its own."""
         listener.socket.close()
+        if self._activated:
+            return
         self._store.forget(_CONTAINERD)
         address.unlink(missing_ok=True)

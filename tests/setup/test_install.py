@@ -86,6 +86,7 @@ def test_everything_is_where_it_is_looked_for(dest: Path) -> None:
         "usr/local/bin/firstbyte",
         "usr/local/lib/firstbyte/installed",
         "usr/local/lib/systemd/system/firstbyte.service",
+        "usr/local/lib/systemd/system/firstbyte.socket",
         "usr/local/lib/tmpfiles.d/firstbyte.conf",
         f"{share}/bash-completion/completions/firstbyte",
         f"{share}/fish/vendor_completions.d/firstbyte.fish",
@@ -202,12 +203,13 @@ def test_what_was_not_installed_is_not_removed(tmp_path: Path) -> None:
 # --- the units ---
 
 
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
     """But for a key that systemd knows since 254, and that earlier ones ignore."""
-    unit = tmp_path / "firstbyte.service"
-    text = (UNITS / "firstbyte.service").read_text()
-    unit.write_text(text.replace("/usr/local/bin/firstbyte", "/bin/true"))
-    verify = ["systemd-analyze", "verify", "--man=no", unit]
+    units = [tmp_path / name for name in ("firstbyte.service", "firstbyte.socket")]
+    for unit in units:
+        text = (UNITS / unit.name).read_text()
+        unit.write_text(text.replace("/usr/local/bin/firstbyte", "/bin/true"))
+    verify = ["systemd-analyze", "verify", "--man=no", *units]
     done = subprocess.run(verify, capture_output=True, text=True, timeout=SECONDS, check=True)
     said = [line for line in done.stderr.splitlines() if "firstbyte" in line]
     assert [line for line in said if "'FileDescriptorStorePreserve'" not in line] == []
@@ -270,17 +272,22 @@ class Node:
 
 
 @contextmanager
-def node(dest: Path, base: Path) -> Iterator[Node]:
-    """systemd with an installation, its service started."""
+def node(dest: Path, base: Path, *, socket: bool = False) -> Iterator[Node]:
+    """systemd with an installation, its service started; with its socket unit before it."""
     (base / "lib").mkdir()
     (base / "log").touch()
-    unit = (dest / "usr/local/lib/systemd/system/firstbyte.service").read_text()
+    installed = dest / "usr/local/lib/systemd/system"
+    unit = (installed / "firstbyte.service").read_text()
     output = f"append:{base}/log"
     log = f"[Service]\nStandardOutput={output}\nStandardError={output}\n"
     units = {"firstbyte.service": unit, "firstbyte.service.d/log.conf": log}
+    if socket:
+        units["firstbyte.socket"] = (installed / "firstbyte.socket").read_text()
     binds = {dest / "usr/local": "/usr/local", base / "lib": "/var/lib"}
     with systemd(units, binds) as manager:
         started = Node(manager, base)
+        if socket:
+            manager.run("systemctl", "start", "firstbyte.socket")
         done = manager.run("systemctl", "start", "firstbyte.service", check=False)
         assert done.returncode == 0, done.stderr + started.log() + manager.console()
         started.wait_ready()
@@ -348,3 +355,24 @@ def test_an_upgrade_takes_effect_with_a_restart(dest: Path, tmp_path: Path) -> N
         assert here.log().count("going on with the file system") == 2
         wait_until(lambda: here.manager.show("firstbyte", "ActiveState") == "active")
         here.run("firstbyte", "umount", target)
+
+
+@pytest.mark.root
+def test_containerd_waits_at_the_socket_unit_while_the_service_is_stopped(
+    dest: Path, tmp_path: Path
+) -> None:
+    """And its call starts the service; a daemon that takes everything down leaves the socket."""
+    address = "/run/firstbyte/firstbyte.sock"
+    with node(dest, tmp_path, socket=True) as here:
+        inode = here.run("stat", "-c", "%i %a", address).stdout
+        assert inode.endswith(" 600\n")
+        here.run("systemctl", "restart", "firstbyte")
+        here.run("firstbyte", "daemon", "--stop")
+        wait_until(lambda: here.log().count("ready: ") >= 3)  # Restart=always
+        here.run("systemctl", "stop", "firstbyte.service")
+        assert here.manager.show("firstbyte", "ActiveState") == "inactive"
+        connect = f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({address!r})"
+        here.run("/usr/bin/python3", "-c", connect)
+        wait_until(lambda: here.manager.show("firstbyte", "ActiveState") == "active")
+        assert here.run("stat", "-c", "%i %a", address).stdout == inode
+        assert not re.search("(WARNING|ERROR)", here.log())
