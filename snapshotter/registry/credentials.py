@@ -1,7 +1,8 @@
-"""Credentials from docker's `config.json` and the credential helpers it names.
+"""Credentials from docker's `config.json` and podman's `auth.json`, and from the credential helpers
+that they name.
 
-Sources: docker/cli `configfile` and `credentials`; docker-credential-helpers' protocol: the
-registry's name on standard input, JSON on standard output.
+Sources: docker/cli `configfile` and `credentials`; containers-auth.json(5);
+docker-credential-helpers' protocol: the registry's name on standard input, JSON on standard output.
 """
 
 from __future__ import annotations
@@ -51,25 +52,47 @@ class _HelperAnswer(msgspec.Struct, rename={"username": "Username", "secret": "S
 class CredentialStore:
     """Looks credentials up whenever they are needed: a `docker login` meanwhile counts."""
 
-    def __init__(self, config: Path | None = None) -> None:
-        """`config` is the path of config.json; docker's own ($DOCKER_CONFIG) if None."""
-        self._path = config or _default_path()
+    def __init__(self, *files: Path) -> None:
+        """`files` are asked in order; without any, those where tools keep them (`usual_files`)."""
+        self._files = [_CredentialFile(path) for path in files or usual_files()]
+
+    async def lookup(self, registry: str, repository: str = "") -> Credential | None:
+        """The credential for a reference's registry, or None; the first file that has one counts.
+
+        In a file what is filed under the repository, or a path above it, goes before what is filed
+        under the registry (containers-auth.json(5)). Raises CredentialsError if a file is malformed
+        or a helper fails.
+        """
+        for file in self._files:
+            credential = await file.lookup(registry, repository)
+            if credential is not None:
+                return credential
+        return None
+
+
+class _CredentialFile:
+    """One file, read again when it has changed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._version: tuple[int, int, int] | None = None
         self._config = _Config()
 
-    async def lookup(self, registry: str) -> Credential | None:
-        """The credential for a reference's registry, or None.
-
-        Raises CredentialsError if the file is malformed or a helper fails.
-        """
+    async def lookup(self, registry: str, repository: str) -> Credential | None:
         config = await trio.to_thread.run_sync(self._load)
+        auths, helpers = config.auths or {}, config.cred_helpers or {}
         keys = _keys(registry)
-        helpers = config.cred_helpers or {}
+        for name in _paths(registry, repository):
+            if name in helpers and (credential := await _ask_helper(helpers[name], name)):
+                return credential
+            if name in auths and (credential := self._credential(name, auths[name])):
+                return credential
         helper = next((helpers[key] for key in keys if key in helpers), config.creds_store)
         if helper and (credential := await _ask_helper(helper, keys[0])):
             return credential
-        for name, entry in (config.auths or {}).items():
-            if _host(name) in keys and (credential := self._credential(name, entry)):
+        for name, entry in auths.items():
+            ours = _is_registry(name) and _host(name) in keys
+            if ours and (credential := self._credential(name, entry)):
                 return credential
         return None
 
@@ -109,9 +132,35 @@ class CredentialStore:
         return None
 
 
-def _default_path() -> Path:
-    directory = os.environ.get("DOCKER_CONFIG")
-    return (Path(directory) if directory else Path.home() / ".docker") / "config.json"
+def usual_files() -> tuple[Path, ...]:
+    """Where tools keep credentials: the file in $REGISTRY_AUTH_FILE, docker's ($DOCKER_CONFIG), and
+    podman's two, of which the first is gone after a reboot. None need exist.
+    """
+    named = os.environ.get("REGISTRY_AUTH_FILE")
+    docker = os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker"
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    settings = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return (
+        *((Path(named),) if named else ()),
+        Path(docker) / "config.json",
+        Path(runtime, "containers/auth.json")
+        if runtime
+        else Path(f"/run/containers/{os.getuid()}/auth.json"),
+        Path(settings) / "containers/auth.json",
+    )
+
+
+def _paths(registry: str, repository: str) -> list[str]:
+    """The repository and the paths above it, without the registry itself, longest first."""
+    parts = repository.split("/") if repository else []
+    return ["/".join((registry, *parts[:length])) for length in range(len(parts), 0, -1)]
+
+
+def _is_registry(name: str) -> bool:
+    """Whether an entry is for a whole registry, and not for `registry/path`: docker writes some as
+    URLs, `https://host:5000/v1/`, and older ones as `host/v1/`."""
+    path = re.sub(r"^https?://", "", name).partition("/")[2].strip("/")
+    return "://" in name or path in ("", "v1", "v2")
 
 
 def _keys(registry: str) -> list[str]:

@@ -183,7 +183,9 @@ class Session:
             self._challenge = challenge
             if challenge.scheme == "basic":
                 if self._basic == refused:
-                    credential = await self._credentials.lookup(self.host.account)
+                    credential = await self._credentials.lookup(
+                        self.host.account, self.reference.repository
+                    )
                     self._basic = None
                     if isinstance(credential, auth.Password):
                         self._basic = auth.basic(credential)
@@ -196,7 +198,7 @@ class Session:
 
     async def _new_token(self, challenge: auth.Challenge, scope: str) -> str:
         scopes = auth.scopes_of(challenge, scope)
-        credential = await self._credentials.lookup(self.host.account)
+        credential = await self._credentials.lookup(self.host.account, self.reference.repository)
         request = auth.token_request(challenge, credential, scopes)
         server = urlsplit(request.url)
         host = server.netloc

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import TYPE_CHECKING
+import os
+from pathlib import Path
 
 import pytest
 
 from snapshotter.registry.auth import IdentityToken, Password
-from snapshotter.registry.credentials import CredentialStore
+from snapshotter.registry.credentials import CredentialStore, usual_files
 from snapshotter.registry.errors import CredentialsError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def encoded(pair: str) -> str:
@@ -65,6 +63,55 @@ async def test_docker_config_variable(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     store(tmp_path, {"auths": {"a.io": {"auth": encoded("me:p")}}})
     assert await CredentialStore().lookup("a.io") == Password("me", "p")
+
+
+async def test_all_the_files_that_tools_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is named first, then docker's, then podman's."""
+    places = {
+        "REGISTRY_AUTH_FILE": "named.json",
+        "DOCKER_CONFIG": "docker/config.json",
+        "XDG_RUNTIME_DIR": "run/containers/auth.json",
+        "XDG_CONFIG_HOME": "settings/containers/auth.json",
+    }
+    for variable, place in places.items():
+        named = tmp_path / place
+        named.parent.mkdir(parents=True, exist_ok=True)
+        value = named if variable == "REGISTRY_AUTH_FILE" else tmp_path / place.split("/")[0]
+        monkeypatch.setenv(variable, str(value))
+    for variable, place in reversed(places.items()):
+        entry = {"auths": {"a.io": {"username": variable, "password": "p"}}}
+        (tmp_path / place).write_text(json.dumps(entry))
+        assert await CredentialStore().lookup("a.io") == Password(variable, "p")
+
+
+async def test_podman_of_root_keeps_them_where_a_reboot_forgets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    assert Path(f"/run/containers/{os.getuid()}/auth.json") in usual_files()
+
+
+async def test_a_repository_may_have_its_own(tmp_path: Path) -> None:
+    """The longest path that fits; what is for another path of the registry is not taken."""
+    found = store(
+        tmp_path,
+        {
+            "auths": {
+                "a.io/team/app": {"auth": encoded("app:p")},
+                "a.io/team": {"auth": encoded("team:p")},
+                "a.io": {"auth": encoded("all:p")},
+                "b.io/team": {"auth": encoded("team:p")},
+            }
+        },
+    )
+    assert await found.lookup("a.io", "team/app") == Password("app", "p")
+    assert await found.lookup("a.io", "team/app/part") == Password("app", "p")
+    assert await found.lookup("a.io", "team/other") == Password("team", "p")
+    assert await found.lookup("a.io", "teams/app") == Password("all", "p")
+    assert await found.lookup("a.io") == Password("all", "p")
+    assert await found.lookup("b.io", "other") is None
 
 
 async def test_changed_file(tmp_path: Path) -> None:
