@@ -4,10 +4,14 @@ The order of writes makes a crash harmless at any instant:
 
     verify -> write raw -> (batched, `flush`) sync raw -> set bits -> sync bits
 
-A bit is durable only after the data it vouches for. In memory a chunk counts as present as soon
-as it is written; what was not flushed when the power went is simply fetched again. Opening a new
-layer waits for no disk, because a container is waiting: its files' names are synced with the first
-flush, before its first bit.
+and the other way round, when something has to go (`evict`):
+
+    clear bits -> sync bits -> punch a hole
+
+A bit is durable only after the data it vouches for, and gone before it. In memory a chunk counts as
+present as soon as it is written; what was not flushed when the power went is simply fetched again.
+Opening a new layer waits for no disk, because a container is waiting: its files' names are synced
+with the first flush, before its first bit.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import logging
 import os
 import threading
 import time
+from array import array
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from index.erofs.layout import BLOCK_SIZE
@@ -28,15 +34,19 @@ from snapshotter.store.durable import (
     sync_directory,
     write_file,
 )
-from snapshotter.store.errors import StoreError, store_error
+from snapshotter.store.errors import StoreError, StoreFullError, store_error
+from snapshotter.store.holes import allocated, punch_hole, runs
+from snapshotter.store.leases import sole_access
 from snapshotter.store.presence import PresenceFile
 
 if TYPE_CHECKING:
     import hashlib
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from index.tables import LayerTable
     from snapshotter.store.cache import VerifiedCache
+    from snapshotter.store.space import Space
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +59,21 @@ class StoredLayer:
     """A layer's raw file and bitmap. Thread-safe. Made by `LayerStore.open` alone."""
 
     def __init__(
-        self, directory: Path, table: LayerTable, key: bytes, cache: VerifiedCache
+        self, directory: Path, table: LayerTable, key: bytes, cache: VerifiedCache, space: Space
     ) -> None:
         self.table = table
         self.key = key
         self.raw_path = directory / "raw"
         self._cache = cache
+        self._space = space
         self._diff_id_path = directory / "diff_id"
         self._users = 1
         self._lock = threading.Lock()
         self._flush_lock = threading.Lock()
         self._dirty: set[int] = set()
+        self._writing: list[int] = []  # a list, because two may write the same chunk
+        self._evicting: set[int] = set()
+        self._holds = 0
         self._unsynced_clears = False
         self._next_complaint = 0.0
         self._names_synced = False
@@ -80,6 +94,10 @@ class StoredLayer:
             raise store_error(error, self.raw_path, "cannot open") from error
         self._present = self._presence.present()
         self._present_count = self._present.count(1)
+        self._used = array("I", bytes(4 * len(self._present)))
+
+        self.start_chunks: frozenset[int] = frozenset()
+        """Chunks that starts need: the last to be evicted."""
 
     # --- what is there ---
 
@@ -117,6 +135,7 @@ class StoredLayer:
 
     def peek(self, chunk: int) -> bytes | memoryview | None:
         """The chunk if that needs no wait for a disk: just verified, or in the page cache."""
+        self._used[chunk] = self._space.now
         data = self._cache.get(self.key, chunk)
         if data is not None or not self._present[chunk]:
             return data
@@ -159,6 +178,8 @@ class StoredLayer:
 
     def drop(self, chunk: int, why: str) -> None:
         """Stop believing a chunk on disk; logged. It will be fetched again."""
+        if not self._present[chunk]:
+            return  # it was evicted while somebody read it
         log.error(
             "chunk %d of %s (%s, offset %d) %s: it is fetched again",
             chunk,
@@ -174,6 +195,9 @@ class StoredLayer:
             except OSError as error:
                 log.warning("cannot clear a bit of %s: %s", self.raw_path.parent, error.strerror)
             self._unsynced_clears = True
+        self._void_proof()
+
+    def _void_proof(self) -> None:
         try:
             remove_file(self._diff_id_path)
         except StoreError as error:
@@ -196,15 +220,37 @@ class StoredLayer:
         if remember:
             self._cache.put(self.key, chunk, data)
         try:
-            self._write_raw(data, chunk * CHUNK_SIZE)
-        except OSError as error:
-            problem = store_error(error, self.raw_path, "cannot write")
+            with self._being_written(chunk):
+                self._space.admit(len(data), self.raw_path)
+                try:
+                    self._write_raw(data, chunk * CHUNK_SIZE)
+                except OSError as error:
+                    self._space.gave_back(len(data))
+                    raise store_error(error, self.raw_path, "cannot write") from error
+                with self._lock:
+                    self._present_count += 1 - self._present[chunk]
+                    self._present[chunk] = 1
+                    self._used[chunk] = self._space.now
+                    self._dirty.add(chunk)
+        except StoreError as problem:
+            if isinstance(problem.__cause__, OSError) and isinstance(problem, StoreFullError):
+                self._space.note_full()
             self._complain(problem)
-            raise problem from error
+            raise
+
+    @contextmanager
+    def _being_written(self, chunk: int) -> Iterator[None]:
+        """Nobody makes a hole where a chunk is being written. Raises StoreFullError if somebody
+        does that already."""
         with self._lock:
-            self._present_count += 1 - self._present[chunk]
-            self._present[chunk] = 1
-            self._dirty.add(chunk)
+            if chunk in self._evicting:
+                raise StoreFullError(f"chunk {chunk} of {self.table} is just being evicted")
+            self._writing.append(chunk)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._writing.remove(chunk)
 
     def _write_raw(self, data: bytes, offset: int) -> None:
         written = os.pwrite(self._raw, data, offset)
@@ -259,6 +305,87 @@ class StoredLayer:
             sync_directory(self.raw_path.parent)
             sync_directory(self.raw_path.parent.parent)
             self._names_synced = True
+
+    # --- making room ---
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nothing is evicted while the block runs: for who reads the raw file by itself."""
+        self.hold()
+        try:
+            yield
+        finally:
+            self.unhold()
+
+    def hold(self) -> None:
+        """Let nothing be evicted until `unhold`. What has been is not `complete` any more."""
+        with self._lock:
+            self._holds += 1
+
+    def unhold(self) -> None:
+        with self._lock:
+            self._holds -= 1
+
+    def candidates(self) -> list[tuple[bool, int, int]]:
+        """What may be evicted: for each chunk whether starts need it, when it was last used (as
+        `Space.now` counts), its number. Nothing while somebody holds the layer."""
+        with self._lock:
+            if self._holds:
+                return []
+            present = bytes(self._present)
+        used, needed = self._used, self.start_chunks
+        return [(n in needed, used[n], n) for n, here in enumerate(present) if here]
+
+    def evict(self, chunks: Iterable[int]) -> int:
+        """Give the disk space of chunks back, and that of what a crash has left half written.
+
+        Returns how many bytes that were; none while somebody else, such as the kernel for a native
+        mount, has the raw file open. Blocks. Raises StoreError.
+        """
+        with self._flush_lock, sole_access(self._raw) as alone:
+            if not alone:
+                return 0
+            before = self.disk_usage()
+            going = self._begin_eviction(set(chunks))
+            try:
+                self._presence.sync()
+                for run in runs(sorted(going)):
+                    punch_hole(self._raw, run.start * CHUNK_SIZE, len(run) * CHUNK_SIZE)
+            except OSError as error:
+                self._unsynced_clears = True
+                raise store_error(error, self.raw_path, "cannot make holes in") from error
+            finally:
+                with self._lock:
+                    self._evicting.clear()
+            freed = before - self.disk_usage()
+            self._space.evicted(freed)
+            return freed
+
+    def _begin_eviction(self, chunks: set[int]) -> set[int]:
+        """Stop believing chunks, and say which holes may be made. Raises StoreError."""
+        leftovers = {
+            chunk
+            for start, end in allocated(self._raw)
+            for chunk in range(start // CHUNK_SIZE, min(-(-end // CHUNK_SIZE), len(self._present)))
+        }
+        with self._lock:
+            if self._holds:
+                return set()
+            here = {chunk for chunk in chunks if self._present[chunk]} - {*self._writing}
+            absent = {chunk for chunk in leftovers if not self._present[chunk]} - {*self._writing}
+            self._evicting |= here | absent
+            was_complete = self.complete
+            for chunk in here:
+                self._forget(chunk)
+            try:
+                self._presence.clear(here)
+            except OSError as error:
+                self._unsynced_clears = True
+                self._evicting.clear()
+                raise store_error(error, self.raw_path, "cannot clear bits of") from error
+        if was_complete and here:
+            self._void_proof()
+        return here | absent
 
     # --- the layer as a whole ---
 

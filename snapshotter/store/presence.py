@@ -90,8 +90,8 @@ class PresenceFile:
                     if content:
                         log.error("%s is damaged or foreign: its chunks are fetched again", path)
                     os.ftruncate(self._handle, 0)
-                    os.pwrite(self._handle, header, 0)
-                    os.ftruncate(self._handle, size)
+                    # All of it now: on a disk that is full later, bits can still be changed.
+                    os.pwrite(self._handle, header.ljust(size, b"\0"), 0)
                     return
             except BaseException:
                 os.close(self._handle)

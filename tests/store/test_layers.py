@@ -217,10 +217,10 @@ def test_a_proof_is_void_as_soon_as_a_chunk_is_damaged(store: LayerStore) -> Non
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system with room for two chunks and the small files."""
+    """A real file system with room for six chunks and the small files."""
     path = tmp_path / "small"
     path.mkdir()
-    size = 2 * CHUNK_SIZE + (128 << 10)
+    size = 6 * CHUNK_SIZE + (128 << 10)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "small", path], check=True)
     yield path
     subprocess.run(["umount", path], check=True)
@@ -232,6 +232,7 @@ def test_a_full_disk_keeps_what_it_has_and_says_so_once(
 ) -> None:
     with LayerStore(small_disk) as store:
         stored = store.open(LAYER.table)
+        (small_disk / "somebody-else").write_bytes(bytes(4 * CHUNK_SIZE))
         for chunk in (0, 1):
             stored.write(chunk, LAYER.chunk(chunk))
         for chunk in (2, 3):
