@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -13,8 +15,11 @@ import click
 
 from snapshotter.bench import building, corpus, first_read, mounting, opening, reading, tables
 from snapshotter.bench.conditions import Conditions
+from snapshotter.bench.errors import BenchError
 from snapshotter.bench.images import FORMS, GZIP, write_image
 from snapshotter.bench.layers import many_layers
+from snapshotter.bench.link.link import DistantRegistry
+from snapshotter.bench.link.profiles import LinkProfile
 from snapshotter.cli.connection import json_option
 from snapshotter.demo.interruption import InterruptedBySignal, Interruption
 from snapshotter.demo.run import check_machine
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 _MOUNTED_FILES = 1_000_000
 _OPENED_FILES = (28_000, _MOUNTED_FILES)  # a large language runtime, and the largest images known
 _LAYERS = (127, 200)  # docker's limit, and beyond
+_POLL_SECONDS = 0.02
 _PARENT = Path("/var/tmp")  # noqa: S108  (on a disk, as images are; the name in it is random)
 
 
@@ -126,13 +132,59 @@ def read(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown
 @_output_options
 def layers(counts: tuple[int, ...], samples: int, as_json: bool, as_markdown: bool) -> None:
     """Starting an image of many layers with containerd, against the same in one."""
+    with _bench_workspace() as workspace:
+        conditions = Conditions(workspace.path)
+        _say(f"starting images of 1, {', '.join(map(str, counts))} layers")
+        results = many_layers(workspace, counts, samples)
+        _show([conditions.table(), *results], as_json, as_markdown)
+
+
+@bench.command(context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--profile",
+    metavar="LINK",
+    default="200mbit-20ms",
+    show_default=True,
+    help="Bandwidth each way and round-trip time, and optionally a share of failed requests: "
+    "20mbit-150ms-1%.",
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def link(profile: str, command: tuple[str, ...]) -> None:
+    """Run COMMAND next to an empty registry behind a network link.
+
+    COMMAND finds in its environment where the registry is: FIRSTBYTE_LINK is its HOST:PORT over
+    the link, FIRSTBYTE_DIRECT the same registry without it, to put images in. Both are on loopback.
+    What the link has carried is told at the end. Needs root.
+    """
+    chosen = LinkProfile.parse(profile)
+    with _bench_workspace() as workspace:
+        registry = DistantRegistry(workspace, chosen)
+        hosts = {"FIRSTBYTE_LINK": registry.host, "FIRSTBYTE_DIRECT": registry.direct}
+        try:
+            process = subprocess.Popen(command, env={**os.environ, **hosts})
+        except OSError as error:
+            raise BenchError(f"cannot run {command[0]}: {error.strerror}") from error
+        try:
+            while process.poll() is None:
+                workspace.interruption.sleep(_POLL_SECONDS)
+        finally:
+            process.terminate()
+            process.wait()
+        carried = registry.link.carried()
+        _say(
+            f"{carried.down / 1e6:.3f} MB down, {carried.up / 1e6:.3f} MB up, {carried.requests} "
+            f"requests ({carried.failed} failed), {carried.connections} connections"
+        )
+    sys.exit(process.returncode)
+
+
+@contextmanager
+def _bench_workspace() -> Iterator[Workspace]:
+    """A place for what is started and mounted, all of which goes in the end."""
     check_machine()
     try:
         with Interruption() as interruption, Workspace(interruption, _say) as workspace:
-            conditions = Conditions(workspace.path)
-            _say(f"starting images of 1, {', '.join(map(str, counts))} layers")
-            results = many_layers(workspace, counts, samples)
-            _show([conditions.table(), *results], as_json, as_markdown)
+            yield workspace
     except InterruptedBySignal as interrupted:
         click.echo(f"firstbyte: {interrupted}", err=True)
         sys.exit(128 + interrupted.number)

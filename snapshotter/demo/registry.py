@@ -19,13 +19,14 @@ from snapshotter.registry.layout import PREFIX
 from snapshotter.registry.reference import Reference
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from snapshotter.demo.workspace import Workspace
 
 _READY_SECONDS = 20.0
 _COPY_SECONDS = 3600.0  # a large image over a slow line
 _POLL_SECONDS = 0.02
 
-# Port 0: the kernel picks a free one, and the log says which.
 _CONFIGURATION = """\
 version: 0.1
 log:
@@ -37,9 +38,10 @@ storage:
   filesystem:
     rootdirectory: {storage}
 http:
-  addr: 127.0.0.1:0
+  addr: {address}
 """
-_LISTENING = re.compile(rb"listening on (127\.0\.0\.1:\d+)")
+_ANY_PORT = "127.0.0.1:0"  # the kernel picks a free one, and the log says which
+_LISTENING = re.compile(rb"listening on ([\d.:\[\]]+:\d+)")
 
 
 class _LogLine(msgspec.Struct, frozen=True):
@@ -52,20 +54,31 @@ class _LogLine(msgspec.Struct, frozen=True):
 class LocalRegistry:
     """`host` is HOST:PORT; it answers from the end of the constructor until `stop`."""
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        *,
+        enter: Sequence[str] = (),
+        address: str = _ANY_PORT,
+        host: str = "",
+    ) -> None:
+        """Listens on `address`, in the namespace that the command `enter` enters; `host` is where
+        it is reached from outside of that."""
         self._workspace = workspace
         directory = workspace.directory("registry")
         configuration = directory / "config.yml"
-        configuration.write_text(_CONFIGURATION.format(storage=directory / "storage"))
+        self.storage = directory / "storage"
+        configuration.write_text(_CONFIGURATION.format(storage=self.storage, address=address))
         self._log = directory / "log"
         with self._log.open("wb") as log:
             self._process = workspace.start(
-                ["docker-registry", "serve", configuration],
+                [*enter, "docker-registry", "serve", configuration],
                 output=log.fileno(),
                 errors=subprocess.STDOUT,
             )
         workspace.defer("stop the registry", self.stop)
-        self.host = self._wait()
+        listening = self._wait()
+        self.host = host or listening
 
     def stop(self) -> None:
         """End it; nothing if it ended already."""

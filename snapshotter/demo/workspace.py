@@ -107,16 +107,23 @@ class Workspace:
         return True
 
     def start(
-        self, argv: Sequence[str | Path], *, output: int, errors: int
+        self,
+        argv: Sequence[str | Path],
+        *,
+        output: int,
+        errors: int,
+        source: int = subprocess.DEVNULL,
     ) -> subprocess.Popen[bytes]:
         """Start a program in a session of its own, so that Ctrl-C reaches only the demo.
+
+        `source`, `output` and `errors` are its standard streams, as Popen takes them.
 
         What it makes or mounts in its directory for temporary files is below the workspace, too.
         """
         try:
             return subprocess.Popen(
                 argv,
-                stdin=subprocess.DEVNULL,
+                stdin=source,
                 stdout=output,
                 stderr=errors,
                 start_new_session=True,
