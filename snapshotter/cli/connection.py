@@ -64,8 +64,10 @@ async def connect(*, plain_http: bool) -> AsyncIterator[Locations]:
     from snapshotter.registry.credentials import CredentialStore
     from snapshotter.registry.hosts_tree import HostsTree
     from snapshotter.registry.locations import Locations
+    from snapshotter.registry.registries_conf import RegistriesConf
     from snapshotter.registry.transport import Transport
 
-    hosts = HostsTree(configuration().registry.config_path)
+    registry = configuration().registry
+    hosts = HostsTree(registry.config_path, RegistriesConf(registry.registries_conf))
     async with Transport() as transport:
         yield Locations(transport, CredentialStore(), hosts=hosts, plain_http=plain_http or None)

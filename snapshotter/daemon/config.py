@@ -93,6 +93,14 @@ class RegistryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             _one_directory_rule,
         ),
     ] = Path("/etc/containerd/certs.d")
+    registries_conf: Annotated[
+        Path,
+        described(
+            "The file in which podman and CRI-O are told of mirrors, with its drop-ins in the "
+            "directory of the same name and `.d`. It is asked about registries that `config_path` "
+            "says nothing of. It need not exist."
+        ),
+    ] = Path("/etc/containers/registries.conf")
 
 
 class ImagesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

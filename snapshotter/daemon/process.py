@@ -37,6 +37,7 @@ from snapshotter.nursery import open_nursery
 from snapshotter.registry.credentials import CredentialStore
 from snapshotter.registry.hosts_tree import HostsTree
 from snapshotter.registry.locations import Locations
+from snapshotter.registry.registries_conf import RegistriesConf
 from snapshotter.registry.transport import Transport
 from snapshotter.store.flusher import keep_flushed
 from snapshotter.store.layers import LayerStore
@@ -192,7 +193,8 @@ async def _sign_of_life(places: Places) -> None:
 def _locations(
     transport: Transport, credentials: CredentialStore, config: Config, plain_http: bool | None
 ) -> Locations:
-    hosts = HostsTree(config.registry.config_path)
+    registry = config.registry
+    hosts = HostsTree(registry.config_path, RegistriesConf(registry.registries_conf))
     return Locations(transport, credentials, hosts=hosts, plain_http=plain_http)
 
 

@@ -29,6 +29,7 @@ root = "{directory}/root"
 state = "{directory}/state"
 [registry]
 config_path = "{directory}/nothing"
+registries_conf = "{directory}/nothing"
 """
 
 _BUILD_SECONDS = 3600.0

@@ -56,12 +56,15 @@ class Host:
 
     `account` is the registry whose credentials are meant for this host. `namespace` is said to a
     mirror as `?ns=`: the registry it stands in for; empty for the registry itself. `headers` are
-    sent to this host alone. `tls` None trusts what the system trusts. `dial_timeout` is in seconds.
+    sent to this host alone. `repository` is what the repository is called there, if it is called
+    something else than in the reference. `tls` None trusts what the system trusts. `dial_timeout`
+    is in seconds.
     """
 
     endpoint: Endpoint
     account: str
     namespace: str = ""
+    repository: str = ""
     capabilities: Capability = EVERYTHING
     headers: tuple[tuple[str, str], ...] = ()
     tls: TlsContexts | None = None

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from snapshotter.registry.reference import Reference
+    from snapshotter.registry.registries_conf import RegistriesConf
+
 log = logging.getLogger(__name__)
 
 _DEFAULT_DIRECTORY = "_default"
@@ -45,21 +48,30 @@ class HostsTree:
     Keeps what it has read, for each directory of the tree that was ever used.
     """
 
-    def __init__(self, path: Path) -> None:
-        """`path` need not exist: then no registry has hosts of its own."""
+    def __init__(self, path: Path, registries: RegistriesConf | None = None) -> None:
+        """`path` need not exist: then no registry has hosts of its own. What the tree says nothing
+        about may be in `registries`."""
         self._root = path
+        self._registries = registries
         self._loaded: dict[Path, _Loaded] = {}
         self._lock = threading.Lock()
 
-    async def lookup(self, registry: str, *, plain_http: bool | None = None) -> tuple[Host, ...]:
-        """The hosts to ask for a reference's registry, in order; the last is its server.
+    async def lookup(
+        self, reference: Reference, *, plain_http: bool | None = None
+    ) -> tuple[Host, ...]:
+        """The hosts to ask for an image, in order; the last is its registry's server.
 
         `plain_http` decides the server's scheme, if that is the registry itself; None leaves it to
         the file, or to the custom that `endpoint_of` follows. Raises HostsError if what is said
         about this registry cannot be read or makes no sense.
         """
+        registry = reference.registry
         found = await trio.to_thread.run_sync(self._find, registry)
         if found is None:
+            if self._registries is not None:
+                named = await self._registries.lookup(reference, plain_http=plain_http)
+                if named is not None:
+                    return named
             return (registry_host(registry, plain_http=plain_http),)
         *mirrors, (server, server_tls) = found
         return (

@@ -140,7 +140,7 @@ class Repository:
         if not found:
             raise HostsError(
                 f"no host of {self.reference.registry} may {use.value}",
-                hint="see the capabilities in its hosts.toml",
+                hint="see the capabilities in its hosts.toml, or the mirrors in registries.conf",
             )
         return found
 
@@ -151,7 +151,7 @@ class Repository:
         if self._tree is None:
             return (registry_host(registry, plain_http=self._plain_http),)
         try:
-            hosts = await self._tree.lookup(registry, plain_http=self._plain_http)
+            hosts = await self._tree.lookup(self.reference, plain_http=self._plain_http)
         except HostsError as error:
             if not self._sessions:
                 raise

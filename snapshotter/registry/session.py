@@ -51,6 +51,7 @@ class Session:
         self.reference = reference
         self.host = host
         self.endpoint = host.endpoint
+        self._repository = host.repository or reference.repository
         self.hurried = hurried
         self._transport = transport
         self._deadlines = transport.deadlines.hurried() if hurried else transport.deadlines
@@ -135,7 +136,7 @@ class Session:
 
     def _url(self, method: str, target: str) -> str:
         """The URL of `target`. What a mirror is asked for, it is told for which registry."""
-        url = urljoin(f"{self.endpoint.base}{self.reference.repository}/", target)
+        url = urljoin(f"{self.endpoint.base}{self._repository}/", target)
         asks = url != target or (method in ("GET", "HEAD") and self._is_ours(url))
         query = urlsplit(url).query
         if not self.host.namespace or not asks or "ns" in parse_qs(query):
@@ -150,7 +151,7 @@ class Session:
 
     def _scope(self, method: str) -> str:
         actions = "pull" if method in ("GET", "HEAD") else "pull,push"
-        return f"repository:{self.reference.repository}:{actions}"
+        return f"repository:{self._repository}:{actions}"
 
     async def _authorization(self, scope: str) -> str | None:
         """The header to send by what earlier challenges taught; None before the first."""
@@ -183,9 +184,7 @@ class Session:
             self._challenge = challenge
             if challenge.scheme == "basic":
                 if self._basic == refused:
-                    credential = await self._credentials.lookup(
-                        self.host.account, self.reference.repository
-                    )
+                    credential = await self._credentials.lookup(self.host.account, self._repository)
                     self._basic = None
                     if isinstance(credential, auth.Password):
                         self._basic = auth.basic(credential)
@@ -198,7 +197,7 @@ class Session:
 
     async def _new_token(self, challenge: auth.Challenge, scope: str) -> str:
         scopes = auth.scopes_of(challenge, scope)
-        credential = await self._credentials.lookup(self.host.account, self.reference.repository)
+        credential = await self._credentials.lookup(self.host.account, self._repository)
         request = auth.token_request(challenge, credential, scopes)
         server = urlsplit(request.url)
         host = server.netloc

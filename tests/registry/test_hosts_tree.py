@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives import serialization as forms
 from snapshotter.registry.errors import HostsError
 from snapshotter.registry.host import registry_host
 from snapshotter.registry.hosts_tree import HostsTree
+from snapshotter.registry.reference import Reference
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,14 +39,21 @@ def write(root: Path, name: str, text: str) -> Path:
     return path
 
 
+def image(registry: str) -> Reference:
+    """Some image of a registry."""
+    return Reference(registry, "team/app", "v1", None)
+
+
 async def bases(tree: HostsTree, registry: str, *, plain_http: bool | None = None) -> list[str]:
-    return [host.endpoint.base for host in await tree.lookup(registry, plain_http=plain_http)]
+    return [
+        host.endpoint.base for host in await tree.lookup(image(registry), plain_http=plain_http)
+    ]
 
 
 async def test_no_tree(tree: HostsTree) -> None:
     """Without a tree, every registry is what it is without configuration."""
     for registry in ("docker.io", "localhost:5000", REGISTRY):
-        assert await tree.lookup(registry) == (registry_host(registry),)
+        assert await tree.lookup(image(registry)) == (registry_host(registry),)
     assert await bases(tree, REGISTRY, plain_http=True) == ["http://registry.test:5000/v2/"]
 
 
@@ -73,13 +81,13 @@ async def test_mirrors_are_told_for_whom(tree: HostsTree, root: Path) -> None:
         "docker.io",
         'server = "https://docker.io"\n[host."https://m.test:1"]\n[host."docker.io"]',
     )
-    mirror, first, server = await tree.lookup("docker.io")
+    mirror, first, server = await tree.lookup(image("docker.io"))
     assert (mirror.namespace, mirror.account) == ("docker.io", "m.test:1")
     assert (first.namespace, first.account) == ("", "docker.io")
     assert (server.namespace, server.account) == ("", "docker.io")
     assert server.endpoint.base == "https://registry-1.docker.io/v2/"
     write(root, "_default", 'server = "https://registry-1.docker.io"')
-    (server,) = await tree.lookup(REGISTRY)
+    (server,) = await tree.lookup(image(REGISTRY))
     assert (server.namespace, server.account) == (REGISTRY, "docker.io")
 
 
@@ -113,11 +121,11 @@ async def test_changes_count_at_once(tree: HostsTree, root: Path) -> None:
     assert await bases(tree, REGISTRY) == ["https://two/v2/", own]
     path.write_text("nonsense")
     with pytest.raises(HostsError, match=re.escape(f"{path} is not valid TOML")):
-        await tree.lookup(REGISTRY)
+        await tree.lookup(image(REGISTRY))
     path.unlink()
     assert await bases(tree, REGISTRY) == [own]
     path.parent.rmdir()
-    assert await tree.lookup(REGISTRY) == (registry_host(REGISTRY),)
+    assert await tree.lookup(image(REGISTRY)) == (registry_host(REGISTRY),)
 
 
 async def test_what_is_read_once(
@@ -126,8 +134,8 @@ async def test_what_is_read_once(
     """A file that stays the same is read once, and warns once."""
     write(root, "_default", 'colour = "red"\n[host."https://mirror"]\nskip_verify = true')
     with caplog.at_level(logging.WARNING):
-        first = await tree.lookup(REGISTRY)
-        assert await tree.lookup(REGISTRY) == first
+        first = await tree.lookup(image(REGISTRY))
+        assert await tree.lookup(image(REGISTRY)) == first
     assert [record.message for record in caplog.records] == [
         f"{root}/_default/hosts.toml: colour is not known here, and ignored"
     ]
@@ -138,7 +146,7 @@ async def test_a_broken_file_is_one_registrys_problem(tree: HostsTree, root: Pat
     write(root, "bad.test", "[[[")
     write(root, "good.test", '[host."https://mirror"]')
     with pytest.raises(HostsError, match=re.escape("bad.test")):
-        await tree.lookup("bad.test")
+        await tree.lookup(image("bad.test"))
     assert await bases(tree, "good.test") == ["https://mirror/v2/", "https://good.test/v2/"]
 
 
@@ -146,11 +154,11 @@ async def test_what_cannot_be_read(tree: HostsTree, root: Path) -> None:
     """A directory in the place of a file, or a file in that of the tree, is named."""
     (root / "_default" / "hosts.toml").mkdir(parents=True)
     with pytest.raises(HostsError, match=r"cannot read .*hosts\.toml \(Is a directory\)"):
-        await tree.lookup(REGISTRY)
+        await tree.lookup(image(REGISTRY))
     file = root / "file"
     file.touch()
     with pytest.raises(HostsError, match=r"cannot read .*file.* \(Not a directory\)"):
-        await HostsTree(file).lookup(REGISTRY)
+        await HostsTree(file).lookup(image(REGISTRY))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +180,7 @@ async def test_bad_certificates(tree: HostsTree, root: Path, field: str, said: s
     (path.parent / "text.pem").write_text("not a certificate")
     (path.parent / "locked.pem").write_bytes(_locked(certificate.private_key_pem.bytes()))
     with pytest.raises(HostsError, match=said):
-        await tree.lookup(REGISTRY)
+        await tree.lookup(image(REGISTRY))
 
 
 def _locked(key: bytes) -> bytes:
@@ -194,7 +202,7 @@ async def test_tls_settings(tree: HostsTree, root: Path) -> None:
     ca.cert_pem.write_to_path(str(path.parent / "ca.pem"))
     client = path.parent / "client.pem"
     ca.issue_cert("client.test").private_key_and_cert_chain_pem.write_to_path(str(client))
-    before = [host.tls for host in await tree.lookup(REGISTRY)]
+    before = [host.tls for host in await tree.lookup(image(REGISTRY))]
     a, b, c, server = before
     assert a is not None
     assert a.own.verify_mode is ssl.CERT_REQUIRED
@@ -205,6 +213,6 @@ async def test_tls_settings(tree: HostsTree, root: Path) -> None:
     assert c is not None
     assert c.elsewhere is not c.own
     assert server is None
-    assert [host.tls for host in await tree.lookup(REGISTRY)] == before
+    assert [host.tls for host in await tree.lookup(image(REGISTRY))] == before
     ca.issue_cert("renewed.test").private_key_and_cert_chain_pem.write_to_path(str(client))
-    assert [host.tls for host in await tree.lookup(REGISTRY)] != before
+    assert [host.tls for host in await tree.lookup(image(REGISTRY))] != before
