@@ -107,7 +107,7 @@ def mount(
         reply = trio.run(
             partial(
                 client.ask,
-                _places(root, state),
+                places_of(root, state),
                 request,
                 start=_chosen(root, state),
                 on_progress=_Bars(shown).update,
@@ -129,7 +129,7 @@ def umount(directory: Path, root: Path | None, state: Path | None) -> None:
     Fails while a program uses a file in it.
     """
     _require_root()
-    places = _places(root, state)
+    places = places_of(root, state)
     target = _absolute(directory)
 
     async def run() -> None:
@@ -156,7 +156,7 @@ def umount(directory: Path, root: Path | None, state: Path | None) -> None:
 def status(root: Path | None, state: Path | None, as_json: bool) -> None:
     """Show what is mounted, and how much of it is on this node."""
     _require_root()
-    places = _places(root, state)
+    places = places_of(root, state)
     reply = trio.run(partial(client.ask, places, protocol.StatusRequest(), start=None))
     if reply is None:
         reply = protocol.Status(pid=0, root=str(places.root), state=str(places.state), mounts=[])
@@ -283,7 +283,8 @@ def _chosen(root: Path | None, state: Path | None) -> Config:
     )
 
 
-def _places(root: Path | None, state: Path | None) -> Places:
+def places_of(root: Path | None, state: Path | None) -> Places:
+    """Where the instance that is meant keeps things."""
     config = _chosen(root, state)
     return Places(config.root, config.state)
 

@@ -23,9 +23,11 @@ from snapshotter.daemon.protocol import Progress
 from snapshotter.daemon.records import ViewRecord
 from snapshotter.daemon.showing import Showing
 from snapshotter.daemon.spool import Spool
+from snapshotter.daemon.startups import Startups
 from snapshotter.fetch.fill import ImageFill
 from snapshotter.fetch.layer import LazyLayer
 from snapshotter.fetch.source import ImageLayerSource
+from snapshotter.fetch.startup import StartupRecorder
 from snapshotter.images.discovery import FoundIndex, Trust, accept, find_index
 from snapshotter.images.indexing import build_index
 from snapshotter.images.prefix import build_prefix
@@ -81,6 +83,7 @@ class Images:
         self._knowledge = Knowledge(places.root)
         self._showing = Showing(places, views, records, write_tree=self._knowledge.tree_of)
         self._completion = Completion(self._knowledge, self._showing)
+        self._startups = Startups(places.root, scheduler)
         self._open: dict[tuple[bytes, bool], OpenImage] = {}  # index digest, whether all layers
         self._opening: WeakValueDictionary[object, trio.Lock] = WeakValueDictionary()
 
@@ -124,7 +127,9 @@ class Images:
                     found = await self._knowledge.index_of(resolved) or await self._find(
                         source, resolved, spool, report, may_build=may_build
                     )
-                return await self._share(resolved, source, found, spool, plain_http=plain_http)
+                return await self._share(
+                    resolved, source, found, spool, plain_http=plain_http, starts=True
+                )
             except BaseException:
                 spool.close()
                 raise
@@ -139,7 +144,7 @@ class Images:
         async with self._one_at_a_time((digest, depth)):
             if await self._knowledge.recall(digest, depth) is None:
                 await self._build_lower(digest, depth)
-            return await self._reopen(digest, depth, plain_http=False, fill=True)
+            return await self._reopen(digest, depth, plain_http=False)
 
     async def _build_lower(self, digest: str, depth: int) -> None:
         image = self.having(digest)
@@ -155,7 +160,13 @@ class Images:
                 await self.release(image)
 
     async def _reopen(
-        self, digest: str, depth: int | None, *, plain_http: bool, fill: bool
+        self,
+        digest: str,
+        depth: int | None,
+        *,
+        plain_http: bool,
+        fill: bool = True,
+        starts: bool = False,
     ) -> OpenImage:
         """Open the lower `depth` layers (None: all) of an image that this node has had.
 
@@ -170,7 +181,9 @@ class Images:
         resolved, found = recalled
         source = self._locate(plain_http or None).source(resolved.name)
         spool = Spool(self._root)
-        return await self._share(resolved, source, found, spool, plain_http=plain_http, fill=fill)
+        return await self._share(
+            resolved, source, found, spool, plain_http=plain_http, fill=fill, starts=starts
+        )
 
     async def open_known(self, digest: str) -> OpenImage:
         """Open an image that this node has had before, without any network; `release` it once.
@@ -178,7 +191,7 @@ class Images:
         Raises DaemonError if it is gone from the disk.
         """
         async with self._one_at_a_time(digest):
-            return await self._reopen(digest, None, plain_http=False, fill=True)
+            return await self._reopen(digest, None, plain_http=False, starts=True)
 
     async def restore(self) -> None:
         """Open, without any network, what a predecessor had open, in the same slots. Nobody uses it
@@ -186,9 +199,7 @@ class Images:
         """
         for record in self._records.views:
             try:
-                image = await self._reopen(
-                    record.image, record.depth, plain_http=record.plain_http, fill=True
-                )
+                image = await self._reopen(record.image, record.depth, plain_http=record.plain_http)
                 image.users -= 1
             except FirstByteError as error:
                 log.error("an image that was shown is lost: %s", error)
@@ -249,6 +260,7 @@ class Images:
                 return
             del self._open[key]
             image.scope.cancel()
+            image.starting.cancel()
             await self._showing.remove(image.shown)
             for layer in image.layers:
                 layer.close()
@@ -287,19 +299,28 @@ class Images:
         *,
         plain_http: bool,
         fill: bool = True,
+        starts: bool = False,
     ) -> OpenImage:
-        """The open image of an index, opened if it is not. Owns the spool from then on."""
+        """The open image of an index, opened if it is not. Owns the spool from then on.
+
+        `starts` tells that its next reads are those of a start.
+        """
         index = found.index
         whole = len(index.layers) == len(resolved.manifest.layers)
         key = index.digest, whole
         async with self._one_at_a_time(key):
             image = self._open.get(key)
             if image is None:
-                image = self._open[key] = await self._make(resolved, source, found, plain_http)
+                recorder = StartupRecorder() if starts and whole else None
+                image = self._open[key] = await self._make(
+                    resolved, source, found, recorder, plain_http=plain_http
+                )
                 if whole:
                     await self._completion.keep(image)  # a successor must be able to open it
                 if fill:
                     self._nursery.start_soon(self._completion.run, image, spool)
+                if fill and whole:
+                    self._nursery.start_soon(self._startups.run, image, recorder)
                 return image
             image.users += 1
         spool.close()
@@ -309,7 +330,13 @@ class Images:
         return image
 
     async def _make(
-        self, resolved: ResolvedImage, source: ImageSource, found: FoundIndex, plain_http: bool
+        self,
+        resolved: ResolvedImage,
+        source: ImageSource,
+        found: FoundIndex,
+        recorder: StartupRecorder | None,
+        *,
+        plain_http: bool,
     ) -> OpenImage:
         index = found.index
         stored = await trio.to_thread.run_sync(self._store.open_all, index.layers)
@@ -319,6 +346,8 @@ class Images:
                 stored[number],
                 ImageLayerSource(source, resolved.manifest.layers[number], index, number),
                 self._scheduler,
+                recorder=recorder,
+                number=number,
             )
             for number, table in enumerate(index.layers)
         ]
@@ -351,6 +380,8 @@ class Images:
         local = found.trust is Trust.LOCAL and await trio.to_thread.run_sync(
             lambda: all(layer.stored.proven for layer in layers)
         )
+        if local and recorder is not None:
+            recorder.stop()  # the kernel reads from the disk, and we see next to nothing
         image = OpenImage(
             manifests, source, found, shown, layers, fill, plain_http=plain_http, local=local
         )

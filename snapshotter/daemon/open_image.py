@@ -20,7 +20,7 @@ class OpenImage:
 
     `manifests` are those that it is the image of, by digest: they may differ in anything but their
     layers. `settled` is set when the background fill has ended: all of the image is here, or it is
-    in quarantine, or it was closed.
+    in quarantine, or it was closed. `starting` is the scope of what is done for a start.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class OpenImage:
         self.users = 1
         self.settled = trio.Event()
         self.scope = trio.CancelScope()
+        self.starting = trio.CancelScope()
 
         self.local = local
         """Whether every chunk is here, and layers and tree are proven to be the image's."""

@@ -68,6 +68,8 @@ class SharedSpace:
         self.layers: list[LazyLayer] = []
 
     def read_now(self, offset: int, length: int) -> Data | None:
+        for layer in self.layers[1:]:
+            layer.note(offset, length)
         return self.layers[0].read_now(offset, length)
 
     async def read(self, offset: int, length: int) -> Data:

@@ -77,6 +77,12 @@ class LazyLayer:
             parts[chunk] = data
         return _assemble(parts, raw_offset, length)
 
+    def note(self, raw_offset: int, length: int) -> None:
+        """These bytes are read for another image that has the layer, or for this one: nobody can
+        tell, so the starts of both may need them."""
+        if self._recorder is not None:
+            self._recorder.touch(self._number, *self._chunks(raw_offset, length))
+
     async def read(self, raw_offset: int, length: int) -> bytes | memoryview:
         """Bytes of raw space, fetched if need be. No checkpoint if they are at hand.
 

@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
 
 import trio
 
-MAX_TOUCHES = 16384
-"""Chunks (4 GiB) after which nothing more is recorded: that is no start any more."""
+from index.profile import MAX_TOUCHES, Touch
 
+QUIET = 10.0
+"""Seconds without a new first touch after which a start has settled. A guess: longer than the
+pauses in which a start computes, or waits for a slow link."""
 
-class Touch(NamedTuple):
-    """The first read of a chunk: `after` is in seconds since recording began."""
-
-    layer: int
-    chunk: int
-    after: float
+LONGEST = 60.0
+"""Seconds after the first touch when a start has settled in any case: who still reads what was
+never read before is at work."""
 
 
 class StartupRecorder:
-    """Records first touches of one mounted image. `layer` is the layer's number in its index."""
+    """Records first touches of one image. `Touch.layer` is the layer's number in its index.
+
+    Reads are recorded and not fetches: what is on the node already is touched as well. What the
+    kernel has in its page cache is not seen, and its read-ahead touches what nobody asked for.
+    """
 
     def __init__(self) -> None:
-        self._began = trio.current_time()
-        self._seen: set[tuple[int, int]] = set()
         self.touches: list[Touch] = []
+        self._seen: set[tuple[int, int]] = set()
+        self._began = trio.Event()
+        self._first = self._latest = math.inf
+        self._over = False
 
     def touch(self, layer: int, first: int, last: int) -> None:
         """Chunks `first` ... `last` are being read."""
+        if self._over:
+            return
         for chunk in range(first, last + 1):
             if (layer, chunk) in self._seen or len(self.touches) >= MAX_TOUCHES:
                 continue
+            now = self._latest = trio.current_time()
+            if not self.touches:
+                self._first = now
+                self._began.set()
             self._seen.add((layer, chunk))
-            self.touches.append(Touch(layer, chunk, trio.current_time() - self._began))
+            self.touches.append(Touch(layer, chunk, round(1000 * (now - self._first))))
+
+    async def settled(self) -> None:
+        """Wait until the start has settled."""
+        await self._began.wait()
+        while len(self.touches) < MAX_TOUCHES:
+            until = min(self._latest + QUIET, self._first + LONGEST)
+            if trio.current_time() >= until:
+                return
+            await trio.sleep_until(until)
+
+    def stop(self) -> None:
+        """Record nothing more."""
+        self._over = True
+        self._seen.clear()

@@ -53,9 +53,14 @@ class ImageRecord(msgspec.Struct, frozen=True):
 class ImageStore:
     """`<root>/images/<hex of the manifest's digest>.json`, each written as a whole, durably."""
 
-    def __init__(self, root: Path) -> None:
-        """Raises StoreError if the directory cannot be made."""
+    def __init__(self, root: Path, *, writer: bool = True) -> None:
+        """Raises StoreError if the directory cannot be made.
+
+        Without `writer` it is only read, while a daemon may be writing.
+        """
         self._directory = root / "images"
+        if not writer:
+            return
         make_directory(self._directory)
         discard_temporaries(self._directory)
 

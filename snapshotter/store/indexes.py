@@ -23,9 +23,14 @@ class IndexStore:
     Contents are the caller's to verify: `FileIndex` compares every section when it opens.
     """
 
-    def __init__(self, root: Path) -> None:
-        """Raises StoreError if the directory cannot be made."""
+    def __init__(self, root: Path, *, writer: bool = True) -> None:
+        """Raises StoreError if the directory cannot be made.
+
+        Without `writer` it is only read, while a daemon may be writing.
+        """
         self._directory = root / "indexes"
+        if not writer:
+            return
         make_directory(self._directory)
         discard_temporaries(self._directory)
 
