@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -271,7 +272,7 @@ class Showing:
             if layers > can.layers:
                 raise _CannotError(f"the kernel takes {can.layers} layers, it has {layers}")
         elif not (can.file_backed or can.failed_reads) and layers <= can.layers:
-            return mount_erofs
+            return partial(mount_erofs, direct=not can.direct)
         elif can.loop:
             raise _CannotError(can.loop)
         else:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from index.erofs.layout import BLOCK_SIZE
 from index.erofs.writer import write
 from index.errors import FirstByteError
 from index.tree import Extent, Node
@@ -50,18 +51,22 @@ class Sample:
 class Capabilities:
     """What works, as reasons why it does not: one line each, empty for what works.
 
-    `file_backed`: EROFS from plain files of the store. `fuse_backed`: from files of our own FUSE
+    `file_backed`: EROFS from plain files of the store; `direct`: without their page cache, on this
+    disk. `fuse_backed`: from files of our own FUSE
     mount. `loop`: through loop devices. `overlay`: a container's writable layer in the store, above
     an image.
 
     `failed_reads`: a read of a plain file that fails half-way is an error. Kernels before 7.0, and
     their stable branches for some time, show zeros for the other half, and go on doing so. Where
-    this has a reason, nothing whose reads can fail may be mounted from plain files.
+    this has a reason, nothing whose reads can fail may be mounted from plain files. The change that
+    ended it came to Linux 7.0 and to all stable branches after the one without which direct reads
+    crash now and then (CVE-2026-23224): `direct` is not tried without it, and has the same reason.
 
     `layers` is how many layers were seen to work in one image, up to MANY_LAYERS.
     """
 
     file_backed: str
+    direct: str
     fuse_backed: str
     loop: str
     overlay: str
@@ -69,10 +74,11 @@ class Capabilities:
     layers: int
 
 
-def sample_image(layers: int = 1) -> bytes:
-    """An image whose one file is all of the last layer; each layer has the size of SAMPLE_LAYER."""
-    extent = Extent(0, layers - 1, 0, len(SAMPLE_LAYER))
-    file = Node(stat.S_IFREG | 0o444, size=len(SAMPLE_LAYER), extents=(extent,))
+def sample_image(layers: int = 1, start: int = 0) -> bytes:
+    """An image whose one file is all of the last layer but its first `start` bytes; each layer has
+    the size of SAMPLE_LAYER."""
+    extent = Extent(0, layers - 1, start, len(SAMPLE_LAYER) - start)
+    file = Node(stat.S_IFREG | 0o444, size=extent.length, extents=(extent,))
     root = Node(stat.S_IFDIR | 0o755, nlink=2, children={_NAME.encode(): file})
     return write(root, [len(SAMPLE_LAYER)] * layers)
 
@@ -94,12 +100,14 @@ def probe(store: Path, served: Sample | None) -> Capabilities:
         file_backed = _try(stored, mount_erofs, target)
         loop = _try(stored, mount_erofs_on_loops, target)
         mount = mount_erofs_on_loops if file_backed else mount_erofs
+        failed_reads = file_backed or _reason(lambda: _read_half(folder))
         return Capabilities(
             file_backed=file_backed,
+            direct=failed_reads or _reason(lambda: _read_direct(folder)),
             fuse_backed=_try(served, mount_erofs, target) if served else "not tried",
             loop=loop,
             overlay=(file_backed and loop) or _try_overlay(stored, mount, target),
-            failed_reads=file_backed or _reason(lambda: _read_half(folder)),
+            failed_reads=failed_reads,
             layers=0 if file_backed else _count_layers(folder, stored.layer),
         )
 
@@ -136,7 +144,7 @@ def _try_overlay(sample: Sample, mount: Mounter, target: Path) -> str:
                 descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
                 stack.callback(os.close, descriptor)
                 options.append((key, f"/proc/self/fd/{descriptor}"))
-            tree = syscalls.new_tree("overlay", options, read_only=False)
+            tree = syscalls.new_tree("overlay", options)
             stack.callback(os.close, tree)
             file = Path(f"/proc/self/fd/{tree}") / _NAME
             _compare(file.read_bytes())
@@ -156,8 +164,8 @@ def _mounted(sample: Sample, mount: Mounter, target: Path) -> Iterator[None]:
         syscalls.unmount(target, detach=True)
 
 
-def _compare(found: bytes) -> None:
-    if found != SAMPLE_LAYER:
+def _compare(found: bytes, start: int = 0) -> None:
+    if found != SAMPLE_LAYER[start:]:
         raise MountError("a file was read back with other bytes")
 
 
@@ -177,6 +185,13 @@ def _read_half(folder: Path) -> None:
     )
 
 
+def _read_direct(folder: Path) -> None:
+    """Read as most files lie: on a block's boundary, which is no page's and may be no sector's."""
+    image = folder / "shifted"
+    image.write_bytes(sample_image(start=BLOCK_SIZE))
+    _compare(_read(image, [folder / "layer"], direct=True), BLOCK_SIZE)
+
+
 def _count_layers(folder: Path, layer: Path) -> int:
     """The layers that one image can have: as many as are tried, or half, or a quarter …"""
     image = folder / "many"
@@ -191,9 +206,9 @@ def _count_layers(folder: Path, layer: Path) -> int:
     return count
 
 
-def _read(image: Path, layers: Sequence[Path]) -> bytes:
+def _read(image: Path, layers: Sequence[Path], *, direct: bool = False) -> bytes:
     """What the sample's file holds, without a place in the tree of mounts."""
-    tree = new_erofs(image, layers)
+    tree = new_erofs(image, layers, direct=direct)
     try:
         return (Path(f"/proc/self/fd/{tree}") / _NAME).read_bytes()
     finally:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from snapshotter.mounts.errors import MountBusyError, MountError, MountPointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
     from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -120,12 +120,15 @@ def clone_tree(source: Path) -> int:
     return _call("copy the mount of", source, _OPEN_TREE, _AT_FDCWD, os.fsencode(source), flags)
 
 
-def new_tree(kind: str, options: Iterable[tuple[str, str | Path]], *, read_only: bool) -> int:
+def new_tree(
+    kind: str, options: Iterable[tuple[str, str | Path]], flags: Collection[str] = ()
+) -> int:
     """Make a file system of type `kind` that is mounted nowhere.
 
     Unlike the options of `mount`, these may be many: each is handed over by itself, `source` among
-    them. A read-only file system's mount is read-only, too. Returns a descriptor (close-on-exec) as
-    `clone_tree` does. Raises MountError, in the kernel's own words where it gives some.
+    them; `flags` are options without a value. The mount of a file system that is "ro" is read-only,
+    too. Returns a descriptor (close-on-exec) as `clone_tree` does. Raises MountError, in the
+    kernel's own words where it gives some.
     """
     context = _syscall(_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC)
     if context < 0:
@@ -135,11 +138,12 @@ def new_tree(kind: str, options: Iterable[tuple[str, str | Path]], *, read_only:
             option = (key.encode(), os.fsencode(value))
             if _syscall(_FSCONFIG, context, _FSCONFIG_SET_STRING, *option, 0) < 0:
                 raise _refused(context, kind, f" with {key}={value}")
-        if read_only and _syscall(_FSCONFIG, context, _FSCONFIG_SET_FLAG, b"ro", None, 0) < 0:
-            raise _refused(context, kind, " read-only")
+        for flag in flags:
+            if _syscall(_FSCONFIG, context, _FSCONFIG_SET_FLAG, flag.encode(), None, 0) < 0:
+                raise _refused(context, kind, f" with {flag}")
         if _syscall(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0) < 0:
             raise _refused(context, kind, "")
-        attributes = _MOUNT_ATTR_RDONLY if read_only else 0
+        attributes = _MOUNT_ATTR_RDONLY if "ro" in flags else 0
         tree = _syscall(_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
         if tree < 0:
             raise _refused(context, kind, "")

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.root
 
 ALL = Capabilities(
     file_backed="",
+    direct="",
     fuse_backed="",
     loop="",
     overlay="",
@@ -124,8 +125,8 @@ def test_an_overlay_that_is_refused_has_the_kernels_reason(
     monkeypatch.setattr(
         syscalls,
         "new_tree",
-        lambda kind, options, read_only: make(
-            kind if kind != "overlay" else "nosuchfs", options, read_only=read_only
+        lambda kind, options, flags=(): make(
+            kind if kind != "overlay" else "nosuchfs", options, flags
         ),
     )
     found = probe(store, None)
@@ -138,7 +139,8 @@ def test_a_kernel_that_shows_zeros_for_failed_reads_is_found_out(
 ) -> None:
     """Linux before 7.0, by which half of a file is taken for all of it."""
 
-    def show_zeros(image: Path, devices: Sequence[Path]) -> int:
+    def show_zeros(image: Path, devices: Sequence[Path], *, direct: bool = False) -> int:
+        assert not direct  # it may crash such a kernel
         half = devices[0].stat().st_size < len(SAMPLE_LAYER)
         if half:
             os.truncate(devices[0], len(SAMPLE_LAYER))
@@ -147,13 +149,47 @@ def test_a_kernel_that_shows_zeros_for_failed_reads_is_found_out(
     monkeypatch.setattr(capabilities, "new_erofs", show_zeros)
     found = probe(store, None)
     assert found.failed_reads.startswith(f"Linux {os.uname().release} shows zeros where a read of ")
+    assert found.direct == found.failed_reads
     assert found.layers == MANY_LAYERS
+
+
+def test_direct_reads_that_the_disk_refuses_are_found_out(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk of 4096-byte sectors, say: files begin at multiples of 512."""
+
+    def refuse_direct(image: Path, devices: Sequence[Path], *, direct: bool = False) -> int:
+        return refuse(image, devices) if direct else new_erofs(image, devices)
+
+    monkeypatch.setattr(capabilities, "new_erofs", refuse_direct)
+    found = probe(store, None)
+    assert (found.file_backed, found.failed_reads) == ("", "")
+    assert found.direct == "no such luck: buy another kernel"
+
+
+def test_direct_reads_are_tried_where_no_page_begins(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def note(image: Path, devices: Sequence[Path], *, direct: bool = False) -> int:
+        if direct:
+            tried.append(Image(image.read_bytes()))
+        return new_erofs(image, devices, direct=direct)
+
+    monkeypatch.setattr(capabilities, "new_erofs", note)
+    assert probe(store, None).direct == ""
+    (image,) = tried
+    nid = image.lookup(image.root, b"file")
+    assert nid is not None
+    (piece,) = image.map(nid, 0, 1)
+    assert piece.offset % 4096 == 512
 
 
 def test_the_number_of_layers_is_one_that_was_seen_to_work(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def at_most_100(image: Path, devices: Sequence[Path]) -> int:
+    def at_most_100(image: Path, devices: Sequence[Path], *, direct: bool = False) -> int:
         return new_erofs(image, devices) if len(devices) <= 100 else refuse(image, devices)
 
     monkeypatch.setattr(capabilities, "new_erofs", at_most_100)

@@ -208,7 +208,7 @@ def test_nothing_is_mounted_where_the_directory_is_missing(
 
 def test_without_root_the_error_says_so(sample: tuple[Path, list[Path]]) -> None:
     done = as_nobody(
-        "try: syscalls.new_tree('erofs', [('source', '/none')], read_only=True)\n"
+        "try: syscalls.new_tree('erofs', [('source', '/none')], ['ro'])\n"
         "except MountError as error: print(error)\n",
         imports=(
             "from snapshotter.mounts import syscalls\n"
@@ -222,13 +222,13 @@ def test_the_kernels_own_words_are_told(nothing_stays: None) -> None:
     with pytest.raises(
         MountError, match=r"no erofs with colour=red: erofs: Unknown parameter 'colour'"
     ) as raised:
-        syscalls.new_tree("erofs", [("colour", "red")], read_only=True)
+        syscalls.new_tree("erofs", [("colour", "red")], ["ro"])
     assert raised.value.errno == errno.EINVAL
 
 
 def test_a_file_system_that_the_kernel_has_not_is_named() -> None:
     with pytest.raises(MountError, match="no file system nosuchfs: load it: modprobe nosuchfs"):
-        syscalls.new_tree("nosuchfs", [], read_only=True)
+        syscalls.new_tree("nosuchfs", [])
 
 
 def test_an_image_can_be_mounted_from_files_that_this_process_serves(
@@ -252,3 +252,19 @@ def test_an_image_can_be_mounted_from_files_that_this_process_serves(
             assert_shows_contents(target)
         finally:
             syscalls.unmount(target, detach=True)
+
+
+def test_direct_reads_give_the_same_bytes_wherever_files_lie(tmp_path: Path, target: Path) -> None:
+    raw = random.Random(2).randbytes(40 * BLOCK)
+    files = {
+        f"{start}-{size}".encode(): regular(size, Extent(0, 0, start * BLOCK, size))
+        for start in (0, 1, 7, 8, 31)
+        for size in (1, BLOCK, 8 * BLOCK - 1, 9 * BLOCK)
+    }
+    image, layer = tmp_path / "image", tmp_path / "layer"
+    image.write_bytes(write(directory(files), [len(raw)]))
+    layer.write_bytes(raw)
+    mount_erofs(image, [layer], target, direct=True)
+    for name, node in files.items():
+        start = node.extents[0].raw_offset
+        assert (target / os.fsdecode(name)).read_bytes() == raw[start : start + node.size]
