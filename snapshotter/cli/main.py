@@ -21,6 +21,7 @@ COMMANDS = {
     "doctor": "snapshotter.cli.doctor",
     "index": "snapshotter.cli.index",
     "mount": "snapshotter.cli.mount",
+    "podman": "snapshotter.cli.podman",
     "profile": "snapshotter.cli.profile",
     "status": "snapshotter.cli.mount",
     "umount": "snapshotter.cli.mount",

@@ -93,13 +93,13 @@ def mount(
     is fetched; the rest follows in the background. A daemon is started if none runs, and ends by
     itself after the last umount.
     """
-    _require_root()
+    require_root()
     request = protocol.MountRequest(
-        reference=_absolute_layout(reference),
-        target=_absolute(directory),
+        reference=absolute_layout(reference),
+        target=absolute(directory),
         platform=platform or "",
         plain_http=plain_http,
-        index=_absolute(index_file) if index_file else "",
+        index=absolute(index_file) if index_file else "",
         wait_local=wait_local,
         mode=mode,
     )
@@ -109,8 +109,8 @@ def mount(
                 client.ask,
                 places_of(root, state),
                 request,
-                start=_chosen(root, state),
-                on_progress=_Bars(shown).update,
+                start=chosen_config(root, state),
+                on_progress=Bars(shown).update,
             )
         )
     assert isinstance(reply, protocol.Mounted)
@@ -128,9 +128,9 @@ def umount(directory: Path, root: Path | None, state: Path | None) -> None:
 
     Fails while a program uses a file in it.
     """
-    _require_root()
+    require_root()
     places = places_of(root, state)
-    target = _absolute(directory)
+    target = absolute(directory)
 
     async def run() -> None:
         request = protocol.UmountRequest(target)
@@ -138,7 +138,7 @@ def umount(directory: Path, root: Path | None, state: Path | None) -> None:
         if reply is None:
             _require_ours(places, Path(target))
             try:
-                reply = await client.ask(places, request, start=_chosen(root, state))
+                reply = await client.ask(places, request, start=chosen_config(root, state))
             except DaemonError:
                 if mount_at(Path(target)) is not None:
                     raise
@@ -155,7 +155,7 @@ def umount(directory: Path, root: Path | None, state: Path | None) -> None:
 @json_option
 def status(root: Path | None, state: Path | None, as_json: bool) -> None:
     """Show what is mounted, and how much of it is on this node."""
-    _require_root()
+    require_root()
     places = places_of(root, state)
     reply = trio.run(partial(client.ask, places, protocol.StatusRequest(), start=None))
     if reply is None:
@@ -168,7 +168,9 @@ def status(root: Path | None, state: Path | None, as_json: bool) -> None:
         return
     click.echo(f"daemon: {f'process {reply.pid}' if reply.pid else 'not running'}")
     for mounted in reply.mounts:
-        click.echo(f"{mounted.target}: {mounted.reference}, {_progress_of(mounted)}")
+        click.echo(f"{mounted.target}: {mounted.reference}, {progress_of(mounted)}")
+    for image in reply.podman:
+        click.echo(f"podman: {', '.join(image.names) or image.id[:12]}, {progress_of(image)}")
     if reply.containerd is not None:
         _print_containerd(reply.containerd)
     if reply.retries or reply.damaged:
@@ -199,14 +201,14 @@ def daemon(
     """
     from snapshotter.daemon import process  # what the other commands leave to the daemon
 
-    _require_root()
+    require_root()
     log_to_stderr()
-    chosen = _chosen(root, state)
+    chosen = chosen_config(root, state)
     if stop:
         trio.run(_stop, Places(chosen.root, chosen.state))
         return
     if address is not None:
-        chosen = msgspec.structs.replace(chosen, address=Path(_absolute(address)))
+        chosen = msgspec.structs.replace(chosen, address=Path(absolute(address)))
     trio.run(partial(process.run, chosen, stay=True, ready=lambda: None, replace=replace))
 
 
@@ -226,7 +228,7 @@ def _require_ours(places: Places, target: Path) -> None:
         )
 
 
-class _Bars:
+class Bars:
     """Shows each kind of work that the daemon reports as a task of its own."""
 
     def __init__(self, shown: Progress) -> None:
@@ -246,7 +248,7 @@ def _print_containerd(status: protocol.ContainerdStatus) -> None:
         f"{status.ordinary_layers} ordinary ones, {status.containers} containers"
     )
     for image in status.images:
-        click.echo(f"{image.reference}: {image.layers} layers, {_progress_of(image)}")
+        click.echo(f"{image.reference}: {image.layers} layers, {progress_of(image)}")
     for fallback in status.fallbacks:
         when = datetime.fromtimestamp(fallback.at_ns // 10**9).astimezone()
         click.echo(
@@ -255,7 +257,13 @@ def _print_containerd(status: protocol.ContainerdStatus) -> None:
         )
 
 
-def _progress_of(shown: protocol.MountStatus | protocol.ImageStatus) -> str:
+_Shown = protocol.MountStatus | protocol.ImageStatus | protocol.PodmanImage
+
+
+def progress_of(shown: _Shown) -> str:
+    """One line on how an image is served, and how much of it is here."""
+    if shown.state == protocol.UNSERVED:
+        return f"{shown.state}; {shown.problem}"
     share = 100 * shown.local_bytes // shown.total_bytes if shown.total_bytes else 100
     line = (
         f"{shown.state} ({_mode_of(shown)}), {progress.mb(shown.local_bytes)} of "
@@ -264,37 +272,38 @@ def _progress_of(shown: protocol.MountStatus | protocol.ImageStatus) -> str:
     return f"{line}; {shown.problem}" if shown.problem else line
 
 
-def _mode_of(shown: protocol.MountStatus | protocol.ImageStatus) -> str:
+def _mode_of(shown: _Shown) -> str:
     return f"{shown.mode}: {shown.why}" if shown.why else shown.mode
 
 
-def _require_root() -> None:
+def require_root() -> None:
+    """Raises DaemonError."""
     if os.geteuid():
         raise DaemonError("images are mounted by root alone", hint="use sudo")
 
 
-def _chosen(root: Path | None, state: Path | None) -> Config:
+def chosen_config(root: Path | None, state: Path | None) -> Config:
     """The configuration, with what the command line says instead."""
     config = configuration()
     return msgspec.structs.replace(
         config,
-        root=Path(_absolute(root or config.root)),
-        state=Path(_absolute(state or config.state)),
+        root=Path(absolute(root or config.root)),
+        state=Path(absolute(state or config.state)),
     )
 
 
 def places_of(root: Path | None, state: Path | None) -> Places:
     """Where the instance that is meant keeps things."""
-    config = _chosen(root, state)
+    config = chosen_config(root, state)
     return Places(config.root, config.state)
 
 
-def _absolute(path: Path) -> str:
+def absolute(path: Path) -> str:
     """The path as the mount table has it: absolute, symbolic links resolved."""
     return os.path.realpath(path)
 
 
-def _absolute_layout(reference: str) -> str:
+def absolute_layout(reference: str) -> str:
     """The daemon has a working directory of its own."""
     if not reference.startswith(PREFIX):
         return reference

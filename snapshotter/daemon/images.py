@@ -108,6 +108,27 @@ class Images:
         the image's index; None looks for one and, if `may_build`, builds one. Raises
         NoIndexError if there is none, other FirstByteErrors if the image cannot be found or read.
         """
+        image, _ = await self.acquire_resolved(
+            reference,
+            platform,
+            plain_http=plain_http,
+            index=index,
+            may_build=may_build,
+            report=report,
+        )
+        return image
+
+    async def acquire_resolved(
+        self,
+        reference: str,
+        platform: str = "",
+        *,
+        plain_http: bool = False,
+        index: Path | None = None,
+        may_build: bool = True,
+        report: Callable[[Progress], None] = lambda _: None,
+    ) -> tuple[OpenImage, ResolvedImage]:
+        """As `acquire`, and what the reference stands for: several images may be open as one."""
         wanted = Platform.parse(platform) if platform else Platform.host()
         source = self._locate(plain_http or None).source(reference)
         resolved = await self._knowledge.resolve(reference)
@@ -118,7 +139,7 @@ class Images:
             image = self.having(digest)
             if image is not None:
                 image.users += 1
-                return image
+                return image, resolved
             spool = Spool(self._root)
             try:
                 if index is not None:
@@ -127,12 +148,13 @@ class Images:
                     found = await self._knowledge.index_of(resolved) or await self._find(
                         source, resolved, spool, report, may_build=may_build
                     )
-                return await self._share(
+                image = await self._share(
                     resolved, source, found, spool, plain_http=plain_http, starts=True
                 )
             except BaseException:
                 spool.close()
                 raise
+            return image, resolved
 
     async def acquire_lower(self, digest: str, depth: int) -> OpenImage:
         """Open the lower `depth` layers of an image that this node has had, merged; `release` it

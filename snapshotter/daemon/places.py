@@ -45,6 +45,12 @@ class Places:
         return self.state / "views"
 
     @property
+    def podman_images(self) -> Path:
+        """What podman and CRI-O are told as an additional image store. In `root`, because their own
+        storage refers to it."""
+        return self.root / "podman" / "images"
+
+    @property
     def log(self) -> Path:
         return self.state / "daemon.log"
 

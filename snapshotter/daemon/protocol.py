@@ -19,6 +19,9 @@ VERSION = 1
 MAX_MESSAGE = 1 << 20
 """Bytes of the longest line: the status of some two thousand mounts."""
 
+UNSERVED = "unserved"
+"""The state of an image that podman knows, and that cannot be read."""
+
 _T = TypeVar("_T")
 
 
@@ -50,6 +53,23 @@ class UmountRequest(msgspec.Struct, frozen=True, tag="umount"):
     """Take down the mount at the directory `target` (absolute)."""
 
     target: str
+
+
+class PodmanAddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="podman add"):
+    """Put an image into podman's image store. Fields as of MountRequest; `graph_roots` are where
+    podman keeps containers that may use images of the store."""
+
+    reference: str
+    graph_roots: list[str]
+    platform: str = ""
+    index: str = ""
+
+
+class PodmanRemoveRequest(msgspec.Struct, frozen=True, tag="podman remove"):
+    """Take an image out of podman's image store, by name or ID. The reply is Unmounted."""
+
+    image: str
+    graph_roots: list[str]
 
 
 class StatusRequest(msgspec.Struct, frozen=True, tag="status"):
@@ -87,6 +107,27 @@ class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
     total_bytes: int
     problem: str = ""
     why: str = ""
+
+
+class PodmanImage(msgspec.Struct, frozen=True, kw_only=True):
+    """One image in podman's image store. `digest` is its manifest's in the registry, `state` as of
+    a mount, or UNSERVED: then `problem` says why. Bytes are of raw space."""
+
+    id: str
+    names: list[str]
+    digest: str
+    state: str
+    mode: str
+    why: str
+    local_bytes: int
+    total_bytes: int
+    problem: str = ""
+
+
+class PodmanAdded(msgspec.Struct, frozen=True, tag="podman added"):
+    """The reply to PodmanAddRequest."""
+
+    image: PodmanImage
 
 
 class Mounted(msgspec.Struct, frozen=True, tag="mounted"):
@@ -168,7 +209,8 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     """The reply to StatusRequest. `fetched` goes by class: blocked, readahead, startup, fill.
 
     `retries` counts requests that were made again, `damaged` what came damaged from a registry.
-    `containerd` is None if this daemon does not serve it.
+    `containerd` is None if this daemon does not serve it. `podman` lists what is in
+    its image store.
     """
 
     pid: int
@@ -179,6 +221,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     retries: int = 0
     damaged: int = 0
     containerd: ContainerdStatus | None = None
+    podman: list[PodmanImage] = []
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -188,8 +231,16 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     hint: str = ""
 
 
-Request = MountRequest | UmountRequest | StatusRequest | StopRequest | HandOverRequest
-Reply = Mounted | Unmounted | Status | Failed
+Request = (
+    MountRequest
+    | UmountRequest
+    | PodmanAddRequest
+    | PodmanRemoveRequest
+    | StatusRequest
+    | StopRequest
+    | HandOverRequest
+)
+Reply = Mounted | Unmounted | PodmanAdded | Status | Failed
 FromDaemon = Hello | Progress | Reply
 
 _encoder = msgspec.json.Encoder()

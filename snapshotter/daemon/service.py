@@ -18,6 +18,7 @@ from index.errors import FirstByteError
 from snapshotter.daemon import protocol
 from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.mounts import Mount, MountState
+from snapshotter.daemon.podman import PodmanImages
 from snapshotter.daemon.records import MountRecord
 from snapshotter.daemon.showing import Mode
 from snapshotter.mounts import syscalls
@@ -64,12 +65,13 @@ class Service:
         self._mounts: dict[Path, Mount] = {}
         self._requests: set[trio.CancelScope] = set()
         self._refusing = False
+        self._podman = PodmanImages(places.podman_images, images, nursery)
         self.containerd: Containerd | None = None
         """The snapshotter, if this daemon has one."""
 
     @property
     def idle(self) -> bool:
-        return not self._mounts and self._images.none_open
+        return not self._mounts and self._podman.none and self._images.none_open
 
     async def handle(
         self, request: protocol.Request, report: Callable[[protocol.Progress], None]
@@ -100,6 +102,11 @@ class Service:
                 return protocol.Mounted(_status_of(await self._mount(request, report)))
             case protocol.UmountRequest():
                 return await self._umount(Path(request.target))
+            case protocol.PodmanAddRequest():
+                return protocol.PodmanAdded(await self._podman.add(request, report))
+            case protocol.PodmanRemoveRequest():
+                await self._podman.remove(request)
+                return protocol.Unmounted(ending=self.idle and not self._stay)
             case protocol.StatusRequest():
                 return await self._status()
             case protocol.StopRequest():
@@ -119,6 +126,7 @@ class Service:
                 await self._take_down(mount, detach=True)
             except MountError as error:
                 log.error("%s could not be unmounted: %s", mount.target, error)
+        await self._podman.close()
 
     # --- mounting ---
 
@@ -185,7 +193,8 @@ class Service:
         self._nursery.start_soon(self._watch, mount)
 
     async def restore(self) -> None:
-        """Take over the mounts of a predecessor, whose images are open again."""
+        """Take over the mounts of a predecessor, whose images are open again; and serve what is in
+        podman's image store, after a reboot, too."""
         for record in self._records.mounts:
             target = Path(record.target)
             mounted = await trio.to_thread.run_sync(mount_at, target) is not None
@@ -199,6 +208,10 @@ class Service:
             mount = self._mounts[target] = Mount(target, record.reference)
             mount.image, mount.mode = image, Mode(record.mode)
             self._serve(mount)
+        try:
+            await self._podman.restore()
+        except FirstByteError as error:
+            log.error("podman's image store cannot be served: %s", error)
 
     async def _restored(self, record: MountRecord) -> OpenImage | None:
         """The image of a mount, for one user more; None if it is gone."""
@@ -290,6 +303,7 @@ class Service:
             retries=self._images.stats.retries,
             damaged=self._images.stats.damaged,
             containerd=await self.containerd.status() if self.containerd else None,
+            podman=self._podman.status(),
         )
 
 

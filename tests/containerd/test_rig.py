@@ -134,7 +134,7 @@ def test_mounts_that_come_later_are_seen_in_the_debian_root() -> None:
     with tempfile.TemporaryDirectory(prefix="fb-") as name:
         base, point = Path(name), Path(name) / "point"
         point.mkdir()
-        with shared(base), entered([base]) as root:
+        with shared(base), entered("sid", [base]) as root:
             for number in range(2):  # as of a daemon, and its successor
                 syscalls.mount("tmpfs", point, "tmpfs", syscalls.MountFlag(0))
                 (point / "file").write_text(str(number))
@@ -144,11 +144,11 @@ def test_mounts_that_come_later_are_seen_in_the_debian_root() -> None:
 
 
 def test_what_is_done_in_the_debian_root_stays_there() -> None:
-    with tempfile.TemporaryDirectory(prefix="fb-") as name, entered([Path(name)]) as root:
+    with tempfile.TemporaryDirectory(prefix="fb-") as name, entered("sid", [Path(name)]) as root:
         root.run("mount", "-t", "tmpfs", "tmpfs", name)
         root.run("touch", "/new", Path(name) / "new")
         assert root.run("ls", "/new", name) == f"/new\n\n{name}:\nnew\n"
         assert list(Path(name).iterdir()) == []
     assert not [entry for entry in read_mounts() if name.encode() in entry.point]
-    with entered() as root:
+    with entered("sid") as root:
         assert "new" not in root.run("ls", "/").split()

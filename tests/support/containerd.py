@@ -221,7 +221,7 @@ def running_containerd(
         prefix: tuple[str, ...] = ()
         mounts_of = os.getpid()
         if version == "2.1":
-            root = stack.enter_context(entered([base, *binds]))
+            root = stack.enter_context(entered("sid", [base, *binds]))
             prefix, mounts_of = root.prefix, root.pid
         made = RunningContainerd(base, version, setup, prefix, mounts_of)
         stack.callback(made.close)

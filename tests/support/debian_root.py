@@ -1,6 +1,7 @@
-"""A root file system of Debian sid with containerd 2.1 and runc, to run programs in.
+"""Root file systems of newer Debian suites, to run their programs in: containerd 2.1 and podman 5.8
+from sid, podman 5.4 from trixie.
 
-It is made once on a machine and kept for later runs in `/var/cache/firstbyte-tests`, under a name
+Each is made once on a machine and kept for later runs in `/var/cache/firstbyte-tests`, under a name
 that tells its recipe. Nobody ever writes to it: who enters it gets a mount namespace with an
 overlay above it, which is gone with the namespace.
 """
@@ -14,13 +15,15 @@ import shutil
 import subprocess
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from snapshotter.mounts import syscalls
 from snapshotter.mounts.table import read_mounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+Suite = Literal["sid", "trixie"]
 
 _CACHE = Path("/var/cache/firstbyte-tests")
 
@@ -33,9 +36,11 @@ _RECIPE = (
     "--variant=extract",
     '--aptopt=Acquire::Check-Valid-Until "false"',
     '--aptopt=Acquire::Retries "3"',
-    "--include=base-files,containerd,coreutils,dash,mount,runc",
-    "sid",
 )
+_PACKAGES: dict[Suite, str] = {
+    "sid": "base-files,containerd,coreutils,dash,mount,podman,runc",
+    "trixie": "base-files,coreutils,dash,mount,podman,runc",
+}
 _FILES = {
     # containerd copies both for pods in the host's network.
     "etc/hosts": "127.0.0.1 localhost\n",
@@ -65,11 +70,11 @@ read -r _  # until whoever started this closes the pipe, or ends
 """
 
 
-def debian_root() -> Path:
-    """The directory of the root, which is made if this machine has none yet."""
+def debian_root(suite: Suite) -> Path:
+    """The directory of a suite's root, which is made if this machine has none yet."""
     _CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
-    recipe = repr((_RECIPE, sorted(_FILES.items())))
-    made = _CACHE / f"sid-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    recipe = repr((_RECIPE, _PACKAGES[suite], sorted(_FILES.items())))
+    made = _CACHE / f"{suite}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     with (_CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
@@ -77,14 +82,18 @@ def debian_root() -> Path:
             if unfinished.exists():  # of a run that was killed
                 shutil.rmtree(unfinished)
             (unfinished / "scratch").mkdir(parents=True)
-            _make(unfinished / "root")
+            _make(suite, unfinished / "root")
             unfinished.rename(made)
     return made
 
 
-def _make(root: Path) -> None:
+def _make(suite: Suite, root: Path) -> None:
     done = subprocess.run(
-        [*_RECIPE, root], capture_output=True, text=True, timeout=240, check=False
+        [*_RECIPE, f"--include={_PACKAGES[suite]}", suite, root],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     for name, text in _FILES.items():
@@ -112,12 +121,12 @@ class EnteredRoot:
 
 
 @contextmanager
-def entered(binds: Sequence[Path] = ()) -> Iterator[EnteredRoot]:
-    """Enter the root with the directories `binds` of the host at the same places, as `shared`.
+def entered(suite: Suite, binds: Sequence[Path] = ()) -> Iterator[EnteredRoot]:
+    """Enter a suite's root with the directories `binds` of the host at the same places, `shared`.
 
     What programs in there mount stays in there.
     """
-    made = debian_root()
+    made = debian_root(suite)
     with ExitStack() as stack:
         for directory in binds:
             stack.enter_context(shared(directory))

@@ -45,6 +45,8 @@ class Instance:
         self.root = base / "root"
         self.state = base / "state"
         self.mode = "auto"
+        self.environment: dict[str, str] = {}
+        """Variables that commands get besides those that are set."""
         self._foreground: list[subprocess.Popen[bytes]] = []
 
     def command(self, *arguments: str | Path) -> list[str]:
@@ -55,7 +57,12 @@ class Instance:
 
     def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*arguments), capture_output=True, text=True, timeout=60, check=False
+            self.command(*arguments),
+            env=os.environ | self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
 
     def succeed(self, *arguments: str | Path) -> str:

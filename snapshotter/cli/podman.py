@@ -1,0 +1,155 @@
+"""`firstbyte podman`: images that podman and CRI-O start before they have been downloaded."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+import trio
+
+from snapshotter.cli import progress
+from snapshotter.cli.connection import json_option, platform_option
+from snapshotter.cli.mount import (
+    Bars,
+    absolute,
+    absolute_layout,
+    chosen_config,
+    places_of,
+    places_options,
+    progress_of,
+    require_root,
+)
+from snapshotter.daemon import client, protocol
+from snapshotter.podman.graph_root import GraphRoot
+from snapshotter.podman.storage_conf import (
+    DEFAULT_GRAPH_ROOT,
+    find_storage_conf,
+    read_storage_conf,
+)
+
+if TYPE_CHECKING:
+    from snapshotter.daemon.places import Places
+
+
+@click.group()
+def podman() -> None:
+    """Images for podman and CRI-O, in an additional image store.
+
+    storage.conf has to name the store: see docs/podman.md, or firstbyte doctor podman.
+    """
+
+
+@podman.command()
+@click.argument("reference")
+@click.option(
+    "--index",
+    "index_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Use this file index [default: the image's own, else one is built here].",
+)
+@places_options
+@platform_option
+@json_option
+def add(
+    reference: str,
+    index_file: Path | None,
+    root: Path | None,
+    state: Path | None,
+    platform: str | None,
+    as_json: bool,
+) -> None:
+    """Let podman run an image at once; it is downloaded while the container runs.
+
+    The image stays until firstbyte podman rm, across restarts. A tag that has moved since is
+    followed when the command is repeated. A daemon is started if none runs.
+    """
+    require_root()
+    request = protocol.PodmanAddRequest(
+        reference=absolute_layout(reference),
+        platform=platform or "",
+        index=absolute(index_file) if index_file else "",
+        graph_roots=_graph_roots(),
+    )
+    with progress.show(quiet=as_json) as shown:
+        reply = trio.run(
+            partial(
+                client.ask,
+                places_of(root, state),
+                request,
+                start=chosen_config(root, state),
+                on_progress=Bars(shown).update,
+            )
+        )
+    assert isinstance(reply, protocol.PodmanAdded)
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(reply.image)))
+    else:
+        click.echo(f"podman can run {reply.image.names[-1]} ({reply.image.id[:12]})")
+
+
+@podman.command()
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@places_options
+def rm(images: tuple[str, ...], root: Path | None, state: Path | None) -> None:
+    """Take images out of the store, by name or ID.
+
+    Fails for one that a container uses, a stopped one too, or that an image was built on.
+    """
+    require_root()
+    places = places_of(root, state)
+
+    async def run() -> None:
+        for image in images:
+            request = protocol.PodmanRemoveRequest(absolute_layout(image), _graph_roots())
+            reply = await client.ask(places, request, start=chosen_config(root, state))
+            assert isinstance(reply, protocol.Unmounted)
+            if reply.ending:
+                await client.wait_ended(places)
+
+    trio.run(run)
+
+
+@podman.command()
+@places_options
+@json_option
+def ls(root: Path | None, state: Path | None, as_json: bool) -> None:
+    """List what is in the store, and how much of it is on this node."""
+    require_root()
+    places = places_of(root, state)
+    reply = trio.run(partial(client.ask, places, protocol.StatusRequest(), start=None))
+    assert reply is None or isinstance(reply, protocol.Status)
+    images = _unserved(places) if reply is None else reply.podman
+    if as_json:
+        click.echo(json.dumps([msgspec.to_builtins(image) for image in images]))
+        return
+    for image in images:
+        names = ", ".join(image.names) or "without a name"
+        click.echo(f"{image.id[:12]} {names}: {progress_of(image)}")
+
+
+def _graph_roots() -> list[str]:
+    """Where podman keeps its containers, as the one that asks has it."""
+    configured = read_storage_conf(find_storage_conf()).graph_root
+    return sorted({str(DEFAULT_GRAPH_ROOT), str(configured)})
+
+
+def _unserved(places: Places) -> list[protocol.PodmanImage]:
+    """What is in the store while no daemon runs."""
+    return [
+        protocol.PodmanImage(
+            id=image.id,
+            names=image.names or [],
+            digest=image.original,
+            state=protocol.UNSERVED,
+            mode="",
+            why="",
+            local_bytes=0,
+            total_bytes=0,
+            problem="no daemon runs: systemctl start firstbyte, or firstbyte daemon",
+        )
+        for image in GraphRoot(places.podman_images).images()
+    ]

@@ -1,0 +1,247 @@
+"""The images that podman and CRI-O find in our additional image store: they stay until removed.
+
+The store is on disk and survives everything; that an image can be read needs this daemon, which
+opens each of them again when it starts, without network. When an image is fully local, containers
+that start from then on get it from the disk, without us.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from index.errors import FirstByteError
+from snapshotter.daemon import protocol
+from snapshotter.daemon.errors import DaemonError
+from snapshotter.nursery import open_nursery
+from snapshotter.podman.graph_root import GraphRoot, Image, link_name
+from snapshotter.podman.users import users_of
+from snapshotter.registry.layout import PREFIX
+from snapshotter.registry.reference import Reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from snapshotter.daemon.images import Images
+    from snapshotter.daemon.open_image import OpenImage
+    from snapshotter.daemon.showing import Mode
+    from snapshotter.registry.image import ResolvedImage
+
+log = logging.getLogger(__name__)
+
+_SHORTEST_ID = 4  # of what is taken for the beginning of an image's ID
+
+
+@dataclass
+class _Served:
+    """An image of the store. `open` is None if it could not be opened; `problem` says why."""
+
+    image: Image
+    open: OpenImage | None = None
+    mode: Mode | None = None
+    problem: str = ""
+
+
+class PodmanImages:
+    """All of them, by ID. For the trio thread."""
+
+    def __init__(self, store: Path, images: Images, nursery: trio.Nursery) -> None:
+        """Background work runs in `nursery`."""
+        self._store = GraphRoot(store)
+        self._images = images
+        self._nursery = nursery
+        self._served: dict[str, _Served] = {}
+        self._changing = trio.Lock()
+
+    @property
+    def none(self) -> bool:
+        """Whether the store is empty."""
+        return not self._served
+
+    async def restore(self) -> None:
+        """Make the store readable, and serve what is in it. Raises StoreError."""
+        await trio.to_thread.run_sync(self._store.open)
+        async with open_nursery() as nursery:
+            for image in await trio.to_thread.run_sync(self._store.images):
+                self._served[image.id] = _Served(image)
+                nursery.start_soon(self._reopen, self._served[image.id])
+
+    async def add(
+        self, request: protocol.PodmanAddRequest, report: Callable[[protocol.Progress], None]
+    ) -> protocol.PodmanImage:
+        """Put an image into the store, or give one that is there another name. Raises
+        FirstByteError."""
+        name = podman_name(request.reference)
+        image, resolved = await self._images.acquire_resolved(
+            request.reference,
+            request.platform,
+            index=Path(request.index) if request.index else None,
+            report=report,
+        )
+        async with self._changing:
+            with trio.CancelScope(shield=True):
+                try:
+                    await self._images.keep(image)
+                    served = await self._show(name, image, resolved)
+                except BaseException:
+                    await self._images.release(image)
+                    raise
+                await self._drop_nameless(request.graph_roots)
+        return _status(served)
+
+    async def remove(self, request: protocol.PodmanRemoveRequest) -> None:
+        """Take an image out of the store, or one of several names from it. Raises DaemonError if
+        something uses it, other FirstByteErrors."""
+        async with self._changing:
+            served, name = self._find(request.image)
+            left = [one for one in served.image.names or [] if name is not None and one != name]
+            with trio.CancelScope(shield=True):
+                if left:
+                    await trio.to_thread.run_sync(self._store.rename, served.image, left)
+                elif users := await trio.to_thread.run_sync(
+                    self._remove_unused, served.image, request.graph_roots
+                ):
+                    raise DaemonError(
+                        f"{_name(served.image)} is in use by {', '.join(users)}",
+                        hint="remove that first: podman rm, podman rmi",
+                    )
+                await self._refresh()
+
+    def status(self) -> list[protocol.PodmanImage]:
+        return [_status(served) for served in self._served.values()]
+
+    async def close(self) -> None:
+        """Serve none of them any more; the store stays as it is."""
+        for served in self._served.values():
+            await self._close(served)
+
+    # --- one image ---
+
+    async def _show(self, name: str, image: OpenImage, resolved: ResolvedImage) -> _Served:
+        mode, tree = await self._images.directory(image)
+        size = sum(layer.table.raw_size for layer in image.layers)
+        added = await trio.to_thread.run_sync(
+            self._store.add, name, resolved.manifest.raw, resolved.raw_config, tree, size
+        )
+        served = self._served.setdefault(added.id, _Served(added))
+        if served.open is image:
+            await self._images.release(image)  # it has one user here, whatever its names are
+        else:
+            await self._close(served)
+            self._serve(served, image, mode)
+        await self._refresh()
+        return served
+
+    async def _reopen(self, served: _Served) -> None:
+        try:
+            image = await self._images.open_known(served.image.original)
+            try:
+                mode, tree = await self._images.directory(image)
+                await trio.to_thread.run_sync(self._store.point, served.image, tree)
+            except BaseException:
+                await self._images.release(image)
+                raise
+        except FirstByteError as error:
+            served.problem = str(error)
+            log.error("%s cannot be served to podman: %s", _name(served.image), error)
+            return
+        self._serve(served, image, mode)
+
+    def _serve(self, served: _Served, image: OpenImage, mode: Mode) -> None:
+        served.open, served.mode, served.problem = image, mode, ""
+        self._nursery.start_soon(self._improve, served, image)
+
+    async def _improve(self, served: _Served, image: OpenImage) -> None:
+        """When all of an image is here, containers to come get it without us."""
+        await image.settled.wait()
+        async with self._changing:
+            if not image.local or served.open is not image:
+                return
+            try:
+                mode, tree = await self._images.directory(image)
+                await trio.to_thread.run_sync(self._store.point, served.image, tree)
+                served.mode = mode
+            except FirstByteError as error:
+                log.warning("%s stays as it is shown: %s", _name(served.image), error)
+
+    async def _refresh(self) -> None:
+        """Take over what the store says now: names, and what is gone."""
+        there = {image.id: image for image in await trio.to_thread.run_sync(self._store.images)}
+        for image_id, served in list(self._served.items()):
+            if image_id in there:
+                served.image = there[image_id]
+            else:
+                del self._served[image_id]
+                await self._close(served)
+
+    async def _close(self, served: _Served) -> None:
+        image, served.open, served.mode = served.open, None, None
+        if image is not None:
+            await self._images.release(image)
+
+    def _find(self, text: str) -> tuple[_Served, str | None]:
+        """The image of a name, or of an ID or its beginning; and the name, if it is one."""
+        if re.fullmatch(f"[0-9a-f]{{{_SHORTEST_ID},64}}", text):
+            found = [one for image_id, one in self._served.items() if image_id.startswith(text)]
+            if len(found) == 1:
+                return found[0], None
+        name = podman_name(text)
+        for served in self._served.values():
+            if name in (served.image.names or []):
+                return served, name
+        raise DaemonError(
+            f"no image {text} is in the store", hint="firstbyte podman ls lists what is"
+        )
+
+    async def _drop_nameless(self, graph_roots: list[str]) -> None:
+        """Remove images whose names have gone over to newer ones, but those that are in use."""
+        for served in list(self._served.values()):
+            if not served.image.names:
+                await trio.to_thread.run_sync(self._remove_unused, served.image, graph_roots)
+        await self._refresh()
+
+    def _remove_unused(self, image: Image, graph_roots: list[str]) -> list[str]:
+        """Take an image out of the store, or tell who uses it. Blocks."""
+        link, roots = link_name(image.layer), [Path(root) for root in graph_roots]
+        if users := users_of(link, roots):
+            return users
+        self._store.withdraw(image)
+        if users := users_of(link, roots):  # they were faster
+            self._store.restore(image)
+            return users
+        self._store.sweep()
+        return []
+
+
+def podman_name(reference: str) -> str:
+    """What podman calls an image. Raises InvalidReferenceError."""
+    if reference.startswith(PREFIX):  # as podman does: the directory's name
+        path, _, tag = reference.removeprefix(PREFIX).partition(":")
+        reference = f"localhost/{path.rstrip('/').rpartition('/')[2].lower()}:{tag or 'latest'}"
+    parsed = Reference.parse(reference)
+    return f"{parsed.name}@{parsed.digest}" if parsed.digest else f"{parsed.name}:{parsed.tag}"
+
+
+def _name(image: Image) -> str:
+    return next(iter(image.names or [image.id[:12]]))
+
+
+def _status(served: _Served) -> protocol.PodmanImage:
+    image = served.open
+    state = protocol.UNSERVED if image is None else "local" if image.local else "serving"
+    return protocol.PodmanImage(
+        id=served.image.id,
+        names=list(served.image.names or []),
+        digest=served.image.original,
+        state="quarantined" if image is not None and image.quarantined else state,
+        mode=served.mode.value if served.mode else "",
+        why=image.shown.why if image else "",
+        local_bytes=image.fill.done_bytes if image else 0,
+        total_bytes=image.fill.total_bytes if image else 0,
+        problem=served.problem or (image.fill.problem if image else ""),
+    )

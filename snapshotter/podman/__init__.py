@@ -1,0 +1,1 @@
+"""podman and CRI-O: stores that containers/storage reads beside its own."""

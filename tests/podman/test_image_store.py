@@ -1,0 +1,140 @@
+"""`firstbyte podman add`: podman runs, builds upon and lists images that nobody has pulled."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.instance import Instance, wait_until
+from tests.support.tars import file, tar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.support.podman import Podman
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(here: Instance, any_podman: Podman) -> Iterator[None]:
+    yield
+    any_podman.reset()
+    for image in listed(here):
+        here.succeed("podman", "rm", image["id"])
+
+
+def listed(here: Instance) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = json.loads(here.succeed("podman", "ls", "--json"))
+    return found
+
+
+def test_an_image_runs_that_nobody_pulled(here: Instance, any_podman: Podman, app: str) -> None:
+    assert here.succeed("podman", "add", app).startswith(f"podman can run {app} (")
+    assert any_podman.succeed("run", "--rm", app) == "third"
+    assert any_podman.images()[app]["ReadOnly"]
+    assert any_podman.succeed("run", "--rm", app, "/bin/ls", "/srv") == "big"
+    (image,) = listed(here)
+    assert image["names"] == [app]
+    found = json.loads(any_podman.succeed("image", "inspect", app))[0]
+    assert found["Id"] == image["id"]
+    assert found["Config"]["Cmd"] == ["/bin/sh", "-c", "cat /etc/name"]
+    by_digest = f"{app.rpartition(':')[0]}@{image['digest']}"
+    assert any_podman.succeed("run", "--rm", "--pull=never", by_digest) == "third"
+
+
+def test_a_container_is_used_as_any(here: Instance, any_podman: Podman, app: str) -> None:
+    here.succeed("podman", "add", app)
+    any_podman.succeed("run", "-d", "--name", "one", app, "/bin/sleep", "infinity")
+    assert any_podman.succeed("exec", "one", "/bin/cat", "/etc/name") == "third"
+    any_podman.succeed("exec", "one", "/bin/sh", "-c", "echo written > /etc/name")
+    any_podman.succeed("restart", "-t", "0", "one")
+    assert any_podman.succeed("exec", "one", "/bin/cat", "/etc/name") == "written"
+    any_podman.succeed("commit", "-q", "one", "localhost/committed:1")
+    assert any_podman.succeed("run", "--rm", "localhost/committed:1", "/bin/cat", "/etc/name") == (
+        "written"
+    )
+
+
+def test_an_image_is_built_upon_it(here: Instance, any_podman: Podman, app: str) -> None:
+    here.succeed("podman", "add", app)
+    folder = any_podman.base / "context"
+    folder.mkdir()
+    (folder / "Dockerfile").write_text(f"FROM {app}\nRUN ls /srv > /etc/name\n")
+    any_podman.succeed("build", "-q", "-t", "localhost/built:1", folder)
+    assert any_podman.succeed("run", "--rm", "localhost/built:1") == "big"
+    assert "is in use by image localhost/built:1" in here.fail("podman", "rm", app)
+
+
+def test_it_cannot_be_removed_while_containers_are_made_of_it(
+    here: Instance, any_podman: Podman, app: str
+) -> None:
+    here.succeed("podman", "add", app)
+    any_podman.succeed("run", "-d", "--name", "runs", app, "/bin/sleep", "infinity")
+    assert "is in use by container runs" in here.fail("podman", "rm", app)
+    assert any_podman.succeed("exec", "runs", "/bin/cat", "/etc/name") == "third"
+    any_podman.succeed("stop", "-t", "0", "runs")
+    assert "is in use by container runs" in here.fail("podman", "rm", app)
+    any_podman.succeed("rm", "runs")
+    here.succeed("podman", "rm", app)
+    assert listed(here) == []
+    assert app not in any_podman.images()
+
+
+def test_podman_removes_only_what_is_its_own(here: Instance, any_podman: Podman, app: str) -> None:
+    here.succeed("podman", "add", app)
+    assert "read-only" in any_podman.fail("rmi", app)
+    any_podman.succeed("system", "prune", "-af")
+    assert any_podman.succeed("run", "--rm", app) == "third"
+
+
+def test_the_ordinary_image_can_be_pulled_beside_it(
+    here: Instance, any_podman: Podman, app: str
+) -> None:
+    here.succeed("podman", "add", app)
+    any_podman.succeed("pull", "-q", app)
+    assert any_podman.succeed("run", "--rm", app) == "third"
+    any_podman.succeed("rmi", app)
+    assert any_podman.succeed("run", "--rm", "--pull=never", app) == "third"
+
+
+def test_a_tag_that_has_moved_is_followed(
+    here: Instance, any_podman: Podman, make_image: Callable[..., str]
+) -> None:
+    moving = make_image("moving", tar(file(b"etc/name", b"old\n")))
+    here.succeed("podman", "add", moving)
+    any_podman.succeed("run", "-d", "--name", "old", moving, "/bin/sleep", "infinity")
+    make_image("moving", tar(file(b"etc/name", b"new\n")))
+    here.succeed("podman", "add", moving)
+    assert any_podman.succeed("run", "--rm", moving) == "new"
+    assert any_podman.succeed("exec", "old", "/bin/cat", "/etc/name") == "old"
+    any_podman.succeed("rm", "-f", "-t", "0", "old")
+    here.succeed("podman", "add", moving)
+    assert [image["names"] for image in listed(here)] == [[moving]]
+
+
+def test_it_outlives_the_daemon(here: Instance, any_podman: Podman, app: str) -> None:
+    """Killed: what runs goes on. Stopped, as a reboot does it: the next daemon serves it again."""
+    here.succeed("podman", "add", app)
+    any_podman.succeed("run", "-d", "--name", "lives", app, "/bin/sleep", "infinity")
+    os.kill(here.status()["pid"], signal.SIGKILL)
+    daemon = here.start()
+    assert any_podman.succeed("exec", "lives", "/bin/ls", "/srv") == "big"
+    assert any_podman.succeed("run", "--rm", app) == "third"
+    any_podman.succeed("rm", "-f", "-t", "0", "lives")
+    here.succeed("daemon", "--stop")
+    daemon.wait(timeout=30)
+    assert app in any_podman.images()
+    (image,) = listed(here)
+    assert image["state"] == "unserved"
+    daemon = here.start()
+    assert any_podman.succeed("run", "--rm", app) == "third"
+    wait_until(lambda: listed(here)[0]["mode"] == "native")
+    assert any_podman.succeed("run", "--rm", app) == "third"
+    here.succeed("podman", "rm", app)
+    here.succeed("daemon", "--stop")
+    daemon.wait(timeout=30)
