@@ -28,7 +28,7 @@ from snapshotter.store.profiles import ProfileStore
 if TYPE_CHECKING:
     from index.profile import Profile
     from snapshotter.daemon.places import Places
-    from snapshotter.registry.image import ResolvedImage
+    from snapshotter.registry.image import ImageSource, ResolvedImage
     from snapshotter.store.images import ImageRecord
 
 
@@ -45,6 +45,17 @@ def node_profile(places: Places, image: ResolvedImage) -> Profile:
     found = store.get(chain_ids(diff_ids)[-1]) if diff_ids else None
     if found is None:
         raise none_here(image.name)
+    return found
+
+
+async def pushed_profile(source: ImageSource, image: ResolvedImage) -> Profile:
+    """What nodes have pushed for an image, merged. Raises NotFoundError or RegistryError."""
+    found = await find_profile(source, image)
+    if found is None:
+        raise NotFoundError(
+            f"no startup profile was pushed for {image.name}",
+            hint="push that of a node: firstbyte profile push",
+        )
     return found
 
 

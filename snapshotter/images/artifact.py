@@ -5,6 +5,7 @@ docs/file-index-format.md, "In a registry", shows one.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from index.errors import IntegrityError
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 ARTIFACT_TYPE = "application/vnd.firstbyte.index.v1"
 """Type of the artifact, and media type of the blob in it."""
 
+PACK_TYPE = "application/vnd.firstbyte.pack.v1"
+"""Media type of the startup pack, the second blob of an artifact that has one."""
+
+PACKED_ANNOTATION = "io.firstbyte.pack.created"
+"""On an artifact with a startup pack: when it was made (RFC 3339, UTC). Of several the newest is
+used, which the list of referrers tells without a further request."""
+
 DIGEST_ANNOTATION = "io.firstbyte.index.digest"
 """On the artifact: the index digest, which does not depend on compression."""
 
@@ -28,23 +36,43 @@ annotations with this prefix to a snapshotter, which saves it the search."""
 
 
 async def publish(
-    sink: ImageSink, subject: Descriptor, packed: bytes, index_digest: bytes
+    sink: ImageSink,
+    subject: Descriptor,
+    packed: bytes,
+    index_digest: bytes,
+    *,
+    pack: bytes | None = None,
 ) -> Descriptor:
     """Push an index, in the form that travels, so that whoever has the image `subject` finds it.
 
-    Returns the descriptor of the artifact's manifest.
+    `pack` is a startup pack of that index, to go with it. Returns the descriptor of the artifact's
+    manifest.
     """
-    blob = blob_descriptor(packed)
+    blobs = [(blob_descriptor(packed), packed)]
+    annotations = {DIGEST_ANNOTATION: f"sha256:{index_digest.hex()}"}
+    if pack is not None:
+        digest = Descriptor(media_type=PACK_TYPE, digest=digest_of(pack), size=len(pack))
+        blobs.append((digest, pack))
+        annotations[PACKED_ANNOTATION] = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
     await sink.write_blob(EMPTY_DESCRIPTOR, body_of(EMPTY_JSON))
-    await sink.write_blob(blob, body_of(packed))
+    for blob, data in blobs:
+        await sink.write_blob(blob, body_of(data))
     manifest = Manifest.build(
         config=EMPTY_DESCRIPTOR,
-        layers=[blob],
+        layers=[blob for blob, _ in blobs],
         subject=Descriptor(media_type=subject.media_type, digest=subject.digest, size=subject.size),
         artifact_type=ARTIFACT_TYPE,
-        annotations={DIGEST_ANNOTATION: f"sha256:{index_digest.hex()}"},
+        annotations=annotations,
     )
     return await sink.write_manifest(manifest, named=False)
+
+
+def blobs_of(artifact: Manifest) -> tuple[Descriptor, Descriptor | None]:
+    """The index and the startup pack that an artifact has. Raises IntegrityError for any other."""
+    types = [blob.media_type for blob in artifact.layers]
+    if types not in ([ARTIFACT_TYPE], [ARTIFACT_TYPE, PACK_TYPE]):
+        raise IntegrityError("the artifact is not a file index, and perhaps a startup pack")
+    return artifact.layers[0], artifact.layers[1] if len(types) > 1 else None
 
 
 def blob_descriptor(packed: bytes) -> Descriptor:

@@ -12,12 +12,18 @@ import trio
 from index.erofs.validate import validate
 from index.errors import FirstByteError, IntegrityError
 from index.file import FileIndex
-from snapshotter.images.artifact import ARTIFACT_TYPE, LAYER_ANNOTATION, check_belongs
+from snapshotter.images.artifact import (
+    ARTIFACT_TYPE,
+    LAYER_ANNOTATION,
+    PACKED_ANNOTATION,
+    blobs_of,
+    check_belongs,
+)
 from snapshotter.registry.errors import RegistryError
 from snapshotter.registry.manifest import Descriptor, Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from snapshotter.registry.image import ImageSource, ResolvedImage
 
@@ -38,20 +44,25 @@ class Trust(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class FoundIndex:
-    """A validated index of the image that was asked for."""
+    """A validated index of the image that was asked for, and the startup pack that goes with it."""
 
     index: FileIndex
     trust: Trust
+    pack: Descriptor | None = None
 
 
 async def find_index(
     source: ImageSource,
     image: ResolvedImage,
     trusted: Collection[Trust] = (Trust.ANNOTATION, Trust.REFERRER),
+    *,
+    on_pack: Callable[[Descriptor], None] = lambda _: None,
 ) -> FoundIndex | None:
     """The index that the image pins, else the first good one among its referrers, else None.
 
-    What is not `trusted` is not even asked for.
+    What is not `trusted` is not even asked for. Of several referrers, those with the newest startup
+    pack come first; `on_pack` is told of it before the index is fetched, so that both can come at
+    the same time.
     A candidate that is damaged, malformed or of other layers is logged and passed over, as is a
     registry that cannot be asked: an image without an index is slower, not broken.
     """
@@ -67,10 +78,10 @@ async def find_index(
     except RegistryError as error:
         log.warning("cannot ask for file indexes of %s: %s", image.name, error)
         return None
-    for artifact in artifacts:
-        index = await _try_artifact(source, image, artifact)
-        if index is not None:
-            return FoundIndex(index, Trust.REFERRER)
+    for artifact in sorted(artifacts, key=_packed_at, reverse=True):
+        found = await _try_artifact(source, image, artifact, on_pack)
+        if found is not None:
+            return found
     return None
 
 
@@ -86,17 +97,29 @@ def accept(data: bytes, image: ResolvedImage) -> FileIndex:
     return index
 
 
+def _packed_at(artifact: Descriptor) -> str:
+    """Sorts artifacts: those without a startup pack first, then by its age."""
+    return artifact.annotation(PACKED_ANNOTATION) or ""
+
+
 async def _try_artifact(
-    source: ImageSource, image: ResolvedImage, artifact: Descriptor
-) -> FileIndex | None:
+    source: ImageSource,
+    image: ResolvedImage,
+    artifact: Descriptor,
+    on_pack: Callable[[Descriptor], None],
+) -> FoundIndex | None:
     try:
         manifest = await source.fetch_manifest(artifact)
-        if not isinstance(manifest, Manifest) or len(manifest.layers) != 1:
-            raise IntegrityError("the artifact is not one blob")
+        if not isinstance(manifest, Manifest):
+            raise IntegrityError("the artifact is no manifest")
+        blob, pack = blobs_of(manifest)
     except FirstByteError as error:
         log.warning("file index %s of %s: %s", artifact.digest, image.name, error)
         return None
-    return await _try(source, image, manifest.layers[0])
+    if pack is not None:
+        on_pack(pack)
+    index = await _try(source, image, blob)
+    return None if index is None else FoundIndex(index, Trust.REFERRER, pack)
 
 
 async def _try(source: ImageSource, image: ResolvedImage, blob: Descriptor) -> FileIndex | None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from index.file import FileIndex
+from index.pack import PackDecoder, read_table
 from index.tables import CHUNK_SIZE
 from tests.support.instance import firstbyte, instance
 from tests.support.layouts import write_layout
@@ -168,3 +170,29 @@ def test_a_profile_of_another_image_is_not_pushed(
     skopeo_push(tmp_path / "other", other)
     refusal = here.fail("profile", "push", other, "--profile", tmp_path / "app.json")
     assert "is not of the layers of" in refusal
+
+
+def test_a_pack_is_made_of_what_a_node_has_recorded_or_nodes_have_pushed(
+    here: Instance, image: str, tmp_path: Path
+) -> None:
+    assert "no startup profile was pushed" in here.fail(
+        "index", "build", image, "--profile-from-registry"
+    )
+    start(here, image)
+    chunks = shown(here, image)["chunks"]
+    here.succeed("profile", "push", image)
+    made = []
+    for number, option in enumerate(("--profile-from-node", "--profile-from-registry")):
+        output = tmp_path / f"{number}.fbx"
+        built = json.loads(here.succeed("index", "build", image, option, "-o", output, "--json"))
+        assert built["pack_chunks"] == chunks
+        made.append(output.with_suffix(".fbp").read_bytes())
+    assert made[0] == made[1]
+    table = read_table(made[0], len(made[0]))
+    assert table is not None
+    assert sum(len(frame.places) for frame in table.frames) == chunks
+    index = FileIndex.load((tmp_path / "0.fbx").read_bytes())
+    table.check(index.digest, index.layers)
+    decoder = PackDecoder(table.frames, index.layers)
+    for (layer, chunk), data in decoder.feed(made[0][table.start :]):
+        index.layers[layer].verify(chunk, data)
