@@ -26,12 +26,6 @@ if TYPE_CHECKING:
     from snapshotter.fetch.source import Origin
     from snapshotter.fetch.wants import LayerWants, Want
 
-FILL_SEGMENT = 2 << 20
-"""Compressed bytes of one request for background fill."""
-
-CAUTIOUS_SEGMENT = 256 << 10
-"""The same while a read may come any moment: at 200 Mbit/s 10 ms until it passes."""
-
 LARGEST_REQUEST = 16 << 20
 """Compressed bytes of any one request."""
 
@@ -143,23 +137,27 @@ class Run:
 
     # --- receiving ---
 
-    def request_end(self, *, cautious: bool) -> int:
-        """Where the next request should end."""
+    def request_end(self, *, segment: int, slack: int) -> int:
+        """Where the next request should end: after the chunks that are more urgent than fill, or
+        else after all of them, as far as can be told.
+
+        Requests for fill have at most `segment` bytes. For a reader the rest of a span is asked
+        for, too, if it is at most `slack`: the link carries that before the next request's answer.
+        """
+        priority = self.priority
         end = self.span.end
-        fill = self.priority is Priority.FILL
         if self.wants:
-            last = max(self.wants)
+            urgent = [chunk for chunk, want in self.wants.items() if want.priority]
+            last = max(urgent or self.wants)
             end = min(end, self.origin.table.span(last, last).end)
-            if fill:
-                # What follows the last chunk in its span belongs to other fill runs.
-                guess = self._expected_end(last) + GUESS_MARGIN
-                if guess > self.position:
-                    end = min(end, guess)
+            # What follows the last chunk in its span is fill, or belongs to other runs.
+            guess = self._expected_end(last) + GUESS_MARGIN
+            if guess > self.position and (priority is Priority.FILL or end - guess > slack):
+                end = min(end, guess)
         if end <= self.position:
             end = self.span.end
-        if not fill:
-            return min(end, self.position + LARGEST_REQUEST)
-        return min(end, self.position + (CAUTIOUS_SEGMENT if cautious else FILL_SEGMENT))
+        longest = segment if priority is Priority.FILL else LARGEST_REQUEST
+        return min(end, self.position + longest)
 
     def _expected_end(self, chunk: int) -> int:
         """About how much of the blob it takes to decode all of a chunk."""

@@ -5,8 +5,9 @@ soon as a connection is free for their class; a run that will pass a wanted chun
 it. So every chunk is in flight once, however many containers read it.
 
 Background fill gives way: while anybody is blocked, runs that bring nothing more urgent than fill
-neither start a request nor read on, except for one piece each `give_way` seconds. For a while
-after that it makes one short request at a time, because the next read of a start is not far.
+neither start a request nor read on, but for what the link holds beside the reader's requests, and
+one piece each `give_way` seconds. For a while after that it keeps the queue before the link short,
+because the next read of a start is not far. `pacing` knows how much that is.
 """
 
 from __future__ import annotations
@@ -35,19 +36,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DETOUR = 512 << 10
-"""Compressed bytes: how far a run in flight may be from a chunk that somebody is blocked on and
-still be the one to bring it. 20 ms at 200 Mbit/s, about the round trip that a run of its own
-would cost. A guess at a usual link."""
-
-CONNECTIONS: Mapping[Priority, int] = {
-    Priority.FILL: 4,
-    Priority.STARTUP: 6,
-    Priority.READAHEAD: 8,
-    Priority.BLOCKED: 12,
+RESERVED: Mapping[Priority, int] = {
+    Priority.FILL: 1,
+    Priority.STARTUP: 3,
+    Priority.READAHEAD: 5,
+    Priority.BLOCKED: 9,
 }
-"""A run starts while fewer than this many run, of whatever class: each class leaves some
-connections to the more urgent ones."""
+"""A run starts while fewer run, of whatever class, than fill has requests, and so many more: each
+class leaves some connections to the more urgent ones. Fill has one that waits for its turn."""
 
 MAX_ADVICE = 4096
 """Chunks of one class (1 GiB) that may be wanted without anybody waiting; more is ignored."""
@@ -86,7 +82,7 @@ class Scheduler:
             self.stats,
             source_timeout=patience.source,
             give_way=patience.give_way,
-            decoders=trio.CapacityLimiter(os.cpu_count() or 1),
+            decoders=os.cpu_count() or 1,
         )
         self._closed = False
 
@@ -123,6 +119,16 @@ class Scheduler:
     def expect_reads(self) -> None:
         """A start is going on, or about to begin: fill leaves most of the link to it."""
         self._transfer.expect_reads()
+
+    def hold_fill(self) -> None:
+        """A pull goes on, whose next step is near: nothing is done in the background for a moment,
+        or until `release_fill`."""
+        self._transfer.hold_fill()
+
+    def release_fill(self) -> None:
+        """The pull is over, and a start is about to begin."""
+        self.expect_reads()
+        self._transfer.release_fill()
 
     async def give_way(self) -> None:
         """Pause background work, briefly, while somebody is blocked."""
@@ -208,7 +214,7 @@ class Scheduler:
         if run is not None:
             if not blocked:
                 return
-            if run.ahead(want.chunk) > DETOUR:
+            if run.ahead(want.chunk) > self._transfer.near(run):
                 for chunk in [chunk for chunk in run.wants if chunk >= want.chunk]:
                     self.wants.give_back(run.wants[chunk])
                 run.stop_before(want.chunk)
@@ -218,7 +224,7 @@ class Scheduler:
         for run in want.layer.runs:
             if run.scope.cancel_called or not run.covers(want.chunk):
                 continue
-            if not blocked or run.ahead(want.chunk) <= DETOUR:
+            if not blocked or run.ahead(want.chunk) <= self._transfer.near(run):
                 self.wants.take(want, run)
                 if blocked:
                     self._transfer.nudge(run)
@@ -228,7 +234,7 @@ class Scheduler:
         """See to it that somebody looks at the queues."""
         if self._closed or not any(self.wants.queues.values()):
             return
-        if self._workers < CONNECTIONS[Priority.BLOCKED]:
+        if self._workers < self._limit(Priority.BLOCKED):
             self._workers += 1
             self._nursery.start_soon(self._work)
         elif self.wants.queues[Priority.BLOCKED]:
@@ -246,10 +252,13 @@ class Scheduler:
         finally:
             self._workers -= 1
 
+    def _limit(self, priority: Priority) -> int:
+        return self._transfer.fan + RESERVED[priority]
+
     def _next_run(self) -> Run | None:
         for priority in MOST_URGENT_FIRST:
             queue = self.wants.queues[priority]
-            while queue and len(self._runs) < CONNECTIONS[priority]:
+            while queue and len(self._runs) < self._limit(priority):
                 want = next(iter(queue))
                 try:
                     run = plan_run(self.wants, want)

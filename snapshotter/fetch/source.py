@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 class BlobSource(Protocol):
     """One blob, to be read in ranges, and the windows of its seek points."""
 
+    @property
+    def site(self) -> str:
+        """The registry, or whatever it is that all blobs come from which have this in common."""
+
     def open_range(self, start: int, end: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Exactly the bytes `start` ... `end` (exclusive), in pieces. One attempt.
 
@@ -41,6 +45,10 @@ class ImageLayerSource:
     descriptor: Descriptor
     file_index: FileIndex
     layer: int
+
+    @property
+    def site(self) -> str:
+        return self.image.name.partition("/")[0]
 
     def open_range(self, start: int, end: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         return self.image.open_range(self.descriptor, start, end)

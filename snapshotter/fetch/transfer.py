@@ -11,12 +11,14 @@ import trio
 
 from index.errors import FirstByteError, FormatError
 from snapshotter.fetch.errors import FetchError
+from snapshotter.fetch.pacing import ALONE, BLOCKED, EXPECTING, FIRST_FAN, Mood, Pacing
 from snapshotter.fetch.wants import Priority
 from snapshotter.registry.errors import NetworkError, ProtocolError, RegistryError
 from snapshotter.registry.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from index.errors import IntegrityError
+    from snapshotter.fetch.pacing import Exchange
     from snapshotter.fetch.run import Arrival, Run
     from snapshotter.fetch.stats import FetchStats
     from snapshotter.fetch.wants import Want, WantTable
@@ -29,13 +31,21 @@ and back costs 110 us."""
 
 DRAIN = 256 << 10
 """Compressed bytes of a body that are read to the end although nobody wants them, so that the
-connection can be used again. A new one costs two or three round trips."""
+connection can be used again; more on a long link. A new one costs two or three round trips."""
 
-QUIET = 1.0
+NEAR = 128 << 10
+"""Compressed bytes that a run in flight may be away from a chunk that somebody is blocked on and
+still be the one to bring it, if the link holds less: a request of its own costs as much."""
+
+QUIET = 2.0
 """Seconds without a blocked read after which fill may use the link as if it were alone. A start
 reads, computes, and reads again: what fill has asked for meanwhile lies in the way of the next
-read. With four requests of 2 MiB at 200 Mbit/s each read waited 0.3 s for them; with one of
-256 KiB it waits 10 ms. A guess at the pauses of a start."""
+read. With four requests of 2 MiB at 200 Mbit/s each read waited 0.3 s for them. A guess at the
+pauses of a start; what fill loses meanwhile is little (`pacing.EXPECTING`)."""
+
+HELD_BACK = 2.0
+"""Seconds for which fill waits for the next step of a pull: containerd takes 3 to 7 ms a layer.
+A guess at the longest pause, after which the pull counts as given up."""
 
 FOR_READERS = RetryPolicy(attempts=1 << 30, base=0.2)
 """While somebody is blocked the reader's own deadline decides when to give up."""
@@ -56,30 +66,58 @@ class Transfer:
         *,
         source_timeout: float,
         give_way: float,
-        decoders: trio.CapacityLimiter,
+        decoders: int,
     ) -> None:
         self._wants = wants
         self._stats = stats
         self._source_timeout = source_timeout
         self._give_way_bound = give_way
-        self._decoders = decoders
+        # Of their own, so that a reader's bytes need not wait for a thread.
+        self._decoders = trio.CapacityLimiter(decoders)
+        self._fill_decoders = trio.CapacityLimiter(decoders)
         self._paused = trio.lowlevel.ParkingLot()
         self._quiet_at = -math.inf
-        self._fill_requests = 0
+        self._held_until = -math.inf
+        self._pacings: dict[str, Pacing] = {}
         self._rng = random.Random()  # noqa: S311  (spreads load, guards nothing)
 
     def expect_reads(self) -> None:
-        """Somebody is blocked, or is about to read: fill is cautious for a while."""
+        """Somebody is blocked, or is about to read: fill keeps the queue short for a while."""
         self._quiet_at = trio.current_time() + QUIET
 
+    def hold_fill(self) -> None:
+        """A pull goes on, whose next step is near: fill waits for that, and needs no processor."""
+        self._held_until = trio.current_time() + HELD_BACK
+
+    def release_fill(self) -> None:
+        """The pull is over."""
+        self._held_until = -math.inf
+        self.notice()
+
     @property
-    def cautious(self) -> bool:
-        """Whether fill keeps to one short request at a time, for a read may come any moment."""
-        return trio.current_time() < self._quiet_at
+    def fan(self) -> int:
+        """Requests of fill that are worth making side by side."""
+        return max((pacing.fan for pacing in self._pacings.values()), default=FIRST_FAN)
+
+    def near(self, run: Run) -> int:
+        """Compressed bytes that come sooner in a run that is in flight than with a request."""
+        return max(self._pacing(run).holds, NEAR)
+
+    def _pacing(self, run: Run) -> Pacing:
+        return self._pacings.setdefault(run.origin.source.site, Pacing())
+
+    @property
+    def _mood(self) -> Mood:
+        if self._wants.count(Priority.BLOCKED):
+            return BLOCKED
+        return EXPECTING if trio.current_time() < self._quiet_at else ALONE
 
     def notice(self) -> None:
-        """Call whenever somebody may not be blocked any more."""
-        if not self._wants.count(Priority.BLOCKED):
+        """Call whenever fill may go on: nobody is blocked any more, or less is outstanding."""
+        if self._paused and (
+            not self._wants.count(Priority.BLOCKED)
+            or any(one.holds and one.has_room(BLOCKED) for one in self._pacings.values())
+        ):
             self._paused.unpark_all()
 
     def nudge(self, run: Run) -> None:
@@ -135,28 +173,51 @@ class Transfer:
             while told is not None or not run.nudged:
                 await self._paused.park()
 
-    async def give_way(self, run: Run | None = None) -> None:
-        """Pause while somebody is blocked and `run` brings nothing more urgent than fill.
+    async def give_way(self) -> None:
+        """Pause work in the background while somebody is blocked, or a pull goes on.
 
-        Bounded, so that fill gets on although somebody is blocked all the time.
+        Bounded, so that it gets on although somebody is blocked all the time.
         """
-        if not self._must_give_way(run):
-            return
         with trio.move_on_after(self._give_way_bound):
-            while self._must_give_way(run):
-                await self._paused.park()
+            while self._wants.count(Priority.BLOCKED) or self._held:
+                await self._wait_for_change()
 
-    def _must_give_way(self, run: Run | None) -> bool:
-        fill = run is None or run.priority is Priority.FILL
-        return fill and self._wants.count(Priority.BLOCKED) > 0
+    @property
+    def _held(self) -> bool:
+        return trio.current_time() < self._held_until
+
+    async def _wait_for_change(self) -> None:
+        """Until `notice` or `nudge`, or until the mood changes by itself."""
+        now = trio.current_time()
+        moments = [pacing.rests_until for pacing in self._pacings.values()]
+        moments += [self._held_until, self._quiet_at]
+        with trio.move_on_at(min((one for one in moments if one > now), default=math.inf)):
+            await self._paused.park()
 
     async def _take_turn(self, run: Run) -> None:
         """Wait until a run of fill may make a request; the others need not wait."""
-        await self.give_way(run)
-        while run.priority is Priority.FILL and self.cautious and self._fill_requests:
-            with trio.move_on_at(self._quiet_at):
+        pacing = self._pacing(run)
+        deadline = trio.current_time() + self._give_way_bound
+        while run.priority is Priority.FILL:
+            now, mood = trio.current_time(), self._mood
+            overdue = mood is BLOCKED and now >= max(deadline, pacing.rests_until)
+            if not self._held and (overdue or pacing.may_begin(mood, now)):
+                return
+            with trio.move_on_at(deadline if mood is BLOCKED and now < deadline else math.inf):
+                await self._wait_for_change()
+
+    def _must_give_way(self, run: Run) -> bool:
+        """Whether more of a run of fill would only be in the way of who is blocked."""
+        return (
+            run.priority is Priority.FILL
+            and self._mood is BLOCKED
+            and not self._pacing(run).has_room(BLOCKED)
+        )
+
+    async def _pause(self, run: Run) -> None:
+        with trio.move_on_after(self._give_way_bound):
+            while self._must_give_way(run):
                 await self._paused.park()
-            await self.give_way(run)
 
     async def _request(self, run: Run) -> None:
         """One request, decoded as it comes. Returns when its body is of no more use.
@@ -165,27 +226,36 @@ class Transfer:
         too early, ProtocolError when it sends too much.
         """
         await self._take_turn(run)
-        end = run.request_end(cautious=self.cautious)
+        pacing = self._pacing(run)
+        end = run.request_end(segment=pacing.segment(self._mood), slack=pacing.holds // 2)
         if end <= run.position:
             raise FormatError(f"{run.origin.table} has no bytes for {run.span}")
         self._stats.requests[run.priority] += 1
-        if run.priority is not Priority.FILL:
-            await self._receive(run, end)
-            return
-        self._fill_requests += 1
+        exchange = pacing.begin(trio.current_time(), end - run.position)
+        failure: RegistryError | None = None
         try:
-            await self._receive(run, end)
+            await self._receive(run, end, exchange)
+        except RegistryError as error:
+            failure = error
+            raise
         finally:
-            self._fill_requests -= 1
+            exchange.ended(
+                trio.current_time(),
+                failed=failure is not None and failure.transient,
+                retry_after=getattr(failure, "retry_after", None),
+            )
             self.notice()
 
-    async def _receive(self, run: Run, end: int) -> None:
+    async def _receive(self, run: Run, end: int, exchange: Exchange) -> None:
         with trio.CancelScope() as patience:
             self._expect_byte(patience)
             async with run.origin.source.open_range(run.position, end) as body:
+                exchange.answered(trio.current_time())
                 async for piece in body:
                     self._stats.received_bytes[run.priority] += len(piece)
                     run.receive(piece)
+                    exchange.received(trio.current_time(), len(piece))
+                    self.notice()
                     if run.position > end:
                         raise ProtocolError(f"more of {run.origin.table} came than was asked for")
                     if self._due(run, end):
@@ -194,11 +264,11 @@ class Transfer:
                             self._expect_byte(patience)
                             return
                     if not run.wants and not run.expensive_to_leave:
-                        if end - run.position > DRAIN:
+                        if end - run.position > max(DRAIN, 2 * self._pacing(run).holds):
                             return
                     elif self._must_give_way(run):
                         patience.deadline = math.inf
-                        await self.give_way(run)
+                        await self._pause(run)
                     self._expect_byte(patience)
         if patience.cancelled_caught:
             raise NetworkError(
@@ -220,8 +290,9 @@ class Transfer:
 
     async def _decode(self, run: Run) -> bool:
         """Decode what has come. False if the run has to start anew, with another request."""
-        remember = run.priority is not Priority.FILL
-        batch = await trio.to_thread.run_sync(run.advance, remember, limiter=self._decoders)
+        fill = run.priority is Priority.FILL
+        limiter = self._fill_decoders if fill else self._decoders
+        batch = await trio.to_thread.run_sync(run.advance, not fill, limiter=limiter)
         run.passed()
         bad = [arrival.chunk for arrival in batch.arrivals if not self._land(run, arrival)]
         self.notice()

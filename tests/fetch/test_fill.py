@@ -12,7 +12,7 @@ from index.tables import CHUNK_SIZE, Codec
 from snapshotter.fetch import fill as fill_module
 from snapshotter.fetch import transfer
 from snapshotter.fetch.fill import ImageFill
-from snapshotter.fetch.run import CAUTIOUS_SEGMENT
+from snapshotter.fetch.pacing import FIRST_WINDOW
 from snapshotter.registry.errors import NotFoundError
 from tests.support.blobs import MadeLayer, make_layer, sample_bytes, table_for
 from tests.support.sources import Fault
@@ -67,16 +67,41 @@ async def test_without_a_start_a_big_layer_is_fetched_over_several_connections(
     assert source.served == len(layer.blob)
 
 
-async def test_while_a_start_may_go_on_requests_are_short_and_one_at_a_time(node: Node) -> None:
-    layer = make_layer(sample_bytes(40 * CHUNK_SIZE, 9), Codec.PLAIN)
+async def test_on_an_unknown_link_fill_asks_for_little_at_first(node: Node) -> None:
+    layer = make_layer(sample_bytes(250 * CHUNK_SIZE, 9), Codec.PLAIN)
     lazy, source = node.mount(layer)
     source.gate = trio.Event()
     async with trio.open_nursery() as nursery:
         fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
         nursery.start_soon(fill.run)
         await wait_all_tasks_blocked()
-        assert source.requests == [(0, CAUTIOUS_SEGMENT)]
+        assert len(source.requests) == 4
+        assert sum(end - start for start, end in source.requests) == FIRST_WINDOW
         source.gate.set()
+
+
+async def test_fill_waits_for_a_pull_that_goes_on(node: Node) -> None:
+    lazy, source = node.mount(LAYERS[0])
+    fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
+    node.scheduler.hold_fill()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fill.run)
+        await wait_all_tasks_blocked(cushion=0.02)
+        assert source.requests == []
+        assert await lazy.read(0, 9) == LAYERS[0].raw[:9], "readers do not"
+        node.scheduler.release_fill()
+    assert fill.fully_local.is_set()
+
+
+async def test_a_pull_that_does_not_end_is_forgotten(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "HELD_BACK", 0.01)
+    lazy, _ = node.mount(LAYERS[0])
+    fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
+    node.scheduler.hold_fill()
+    await fill.run()
+    assert fill.fully_local.is_set()
 
 
 async def test_what_is_local_already_is_not_fetched(node: Node) -> None:

@@ -18,7 +18,8 @@ from index.tables import CHUNK_SIZE, Codec
 from snapshotter.fetch import transfer
 from snapshotter.fetch.errors import FetchError
 from snapshotter.fetch.fill import ImageFill
-from snapshotter.fetch.scheduler import CONNECTIONS, Patience
+from snapshotter.fetch.pacing import LARGEST_FAN
+from snapshotter.fetch.scheduler import RESERVED, Patience
 from snapshotter.fetch.wants import Priority
 from snapshotter.registry.errors import NetworkError, NotFoundError
 from snapshotter.registry.retry import RetryPolicy
@@ -119,7 +120,8 @@ async def test_any_schedule(
                 if unmount:
                     await trio.sleep(0.002)
                     lazy.close()
-            assert source.most_open + other_source.most_open <= 2 * CONNECTIONS[Priority.BLOCKED]
+            most = LARGEST_FAN + RESERVED[Priority.BLOCKED]
+            assert source.most_open + other_source.most_open <= 2 * most
 
             source.faults.clear()
             last = ImageFill([other], node.scheduler, quarantine=_unexpected)

@@ -49,6 +49,8 @@ class MemorySource:
     gate: trio.Event | None = None
     """No request is answered before this is set."""
 
+    site: str = "memory"
+
     def doubt(self) -> None:
         self.doubts += 1
 
