@@ -42,7 +42,8 @@ async def ask(
     Being cancelled interrupts the request in the daemon too. Raises DaemonError, with the
     daemon's own words if it refused.
     """
-    connection = await _connect(places)
+    of_any_version = isinstance(request, protocol.HandOverRequest | protocol.StopRequest)
+    connection = await _connect(places, of_any_version=of_any_version)
     if connection is None and start is not None:
         await _start(places, start)
         connection = await _connect(places)
@@ -112,7 +113,7 @@ class _EndedError(DaemonError):
         super().__init__("the daemon ended the connection", hint="its log says why")
 
 
-async def _connect(places: Places) -> _Connection | None:
+async def _connect(places: Places, *, of_any_version: bool = False) -> _Connection | None:
     """A connection to a daemon that has greeted us, or None if there is no living one."""
     try:
         connection = _Connection(await trio.open_unix_socket(places.socket))
@@ -126,7 +127,7 @@ async def _connect(places: Places) -> _Connection | None:
         raise DaemonError(f"cannot connect to {places.socket}: {error.strerror}") from error
     try:
         with trio.move_on_after(_GREETING_SECONDS):
-            _check_greeting(await connection.receive())
+            _check_greeting(await connection.receive(), of_any_version=of_any_version)
             return connection
     except _EndedError:  # it was ending just now
         await connection.close()
@@ -140,13 +141,13 @@ async def _connect(places: Places) -> _Connection | None:
     )
 
 
-def _check_greeting(message: FromDaemon) -> None:
+def _check_greeting(message: FromDaemon, *, of_any_version: bool = False) -> None:
     if not isinstance(message, protocol.Hello):
         raise ControlProtocolError("the daemon did not greet")
-    if message.version != protocol.VERSION:
+    if message.version != protocol.VERSION and not of_any_version:
         raise DaemonError(
             f"the daemon (process {message.pid}) is of another version",
-            hint="end its mounts, stop it, and try again",
+            hint="restart it, or have it replaced: firstbyte daemon --replace",
         )
 
 
@@ -159,8 +160,14 @@ async def _start(places: Places, config: Config) -> None:
                 if mine:
                     connection = await _connect(places)
                     if connection is None:
-                        await _spawn(places, config)
-                    else:
+                        try:
+                            await _spawn(places, config)
+                        except DaemonError:
+                            # A service manager may have been about to start one, too.
+                            connection = await _connect(places)
+                            if connection is None:
+                                raise
+                    if connection is not None:
                         await connection.close()
                     return
             await trio.sleep(_POLL_SECONDS)

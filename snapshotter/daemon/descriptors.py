@@ -38,6 +38,9 @@ class DescriptorStore(Protocol):
     def forget(self, name: str) -> None:
         """Give the copy up; one that is not there is fine."""
 
+    def at_end(self, name: str, message: bytes) -> None:
+        """Have a message written to a kept descriptor when this process ends, however it does."""
+
     def kept(self) -> dict[str, int]:
         """Descriptors that a predecessor had kept, to be closed by the caller. Once a process."""
 
@@ -60,6 +63,9 @@ class SystemdStore:
     def forget(self, name: str) -> None:
         notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
+    def at_end(self, name: str, message: bytes) -> None:
+        """Not here: systemd starts the next process at once."""
+
     def kept(self) -> dict[str, int]:
         if os.environ.pop("LISTEN_PID", "") != str(os.getpid()):
             return {}
@@ -76,6 +82,7 @@ class Holder:
 
     def __init__(self, address: Path) -> None:
         self._address = address
+        self._watched: socket.socket | None = None
 
     def keep(self, name: str, descriptor: int) -> None:
         connection = self._connect() or self._start()
@@ -83,10 +90,24 @@ class Holder:
             self._ask(connection, b"K" + name.encode(), descriptor)
 
     def forget(self, name: str) -> None:
+        if self._watched is not None:
+            self._watched.close()
         connection = self._connect()
         if connection is not None:
             with connection:
                 self._ask(connection, b"F" + name.encode())
+
+    def at_end(self, name: str, message: bytes) -> None:
+        connection = self._connect()
+        if connection is None:
+            return
+        try:
+            self._ask(connection, b"W" + name.encode() + b"\0" + message)
+        except DaemonError as error:  # it may be of an earlier version, which knows no such thing
+            log.info("%s", error)
+            connection.close()
+        else:
+            self._watched = connection
 
     def kept(self) -> dict[str, int]:
         connection = self._connect()

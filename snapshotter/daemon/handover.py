@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 from typing import TYPE_CHECKING
 
 import trio
 
+from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.leftovers import detach_dead_mounts
 from snapshotter.daemon.server import listen
+from snapshotter.fuse.handshake import RESEND
 from snapshotter.fuse.session import Connection, close_mount, open_mount
 from snapshotter.mounts.table import mount_at
 
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from snapshotter.daemon.records import Records
 
 log = logging.getLogger(__name__)
+
+_ANSWER_SECONDS = 1.0  # a mount that nobody keeps refuses at once
 
 _FUSE = "fuse"
 _CONTAINERD = "containerd"
@@ -44,7 +49,10 @@ class Inheritance:
         self._activated = False
 
     def mount(self) -> tuple[Connection, bool]:
-        """The FUSE mount, and whether it is a predecessor's that goes on. Raises MountError."""
+        """The FUSE mount, and whether it is a predecessor's that goes on.
+
+        Raises MountError, and DaemonError if somebody else is to go on with it.
+        """
         places = self._places
         device = self._left.pop(_FUSE, None)
         if device is not None:
@@ -52,15 +60,22 @@ class Inheritance:
             connection = Connection(device, self._records.init)
             if connection.init and connection.alive and mount_at(places.mount) is not None:
                 log.info("going on with the file system of a daemon that has ended")
+                self._store.at_end(_FUSE, RESEND)
                 return connection, True
             log.warning("the file system of a daemon that has ended is gone, too")
             os.close(device)
+        elif self._records.init and _is_kept_elsewhere(places.mount):
+            raise DaemonError(
+                f"{places.mount} waits for the daemon of a service manager",
+                hint="start the service (systemctl start firstbyte), or unmount that directory",
+            )
         detach_dead_mounts(places)
         places.mount.mkdir(mode=0o700, exist_ok=True)
         connection = open_mount(places.mount)
         try:
-            self._records.start_afresh(connection.init)
+            self._records.start_afresh()
             self._store.keep(_FUSE, connection.device)
+            self._store.at_end(_FUSE, RESEND)
         except BaseException:
             close_mount(connection, places.mount)
             raise
@@ -68,7 +83,7 @@ class Inheritance:
 
     def unmount(self, connection: Connection) -> None:
         """Give the mount up, for everybody."""
-        self._records.start_afresh(b"")
+        self._records.start_afresh()
         self._store.forget(_FUSE)
         close_mount(connection, self._places.mount)
 
@@ -118,3 +133,25 @@ class Inheritance:
             return
         self._store.forget(_CONTAINERD)
         address.unlink(missing_ok=True)
+
+
+def _is_kept_elsewhere(mount: Path) -> bool:
+    """Whether a mount that nobody answers for has not ended, because somebody has its descriptor.
+
+    Who asks such a mount waits, in a thread that is left alone; of one that has ended, the kernel
+    says so (ENOTCONN).
+    """
+    if mount_at(mount) is None:
+        return False
+    ended: list[OSError] = []
+
+    def ask() -> None:
+        try:
+            os.stat(mount)
+        except OSError as error:
+            ended.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_ANSWER_SECONDS)
+    return not ended

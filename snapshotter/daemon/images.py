@@ -227,6 +227,10 @@ class Images:
                 log.error("an image that was shown is lost: %s", error)
                 await trio.to_thread.run_sync(self._records.close_view, record.names[0])
 
+    async def settle(self) -> None:
+        """To be called when the FUSE mount is served, before anything else asks it."""
+        await self._showing.settle()
+
     @property
     def none_open(self) -> bool:
         """Whether nothing is shown."""

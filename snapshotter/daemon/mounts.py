@@ -42,7 +42,8 @@ class Mount:
     """A mount, from the moment its directory is claimed.
 
     `image` and `mode` are None while it is being found, `why` says why the mode is no better.
-    `ended_serving` is set when the state is one that comes after SERVING.
+    `ended_serving` is set when the state is one that comes after SERVING, `forgotten` when nothing
+    of it is left on disk.
     """
 
     target: Path
@@ -52,6 +53,7 @@ class Mount:
     mode: Mode | None = None
     why: str = ""
     ended_serving: trio.Event = field(default_factory=trio.Event)
+    forgotten: trio.Event = field(default_factory=trio.Event)
 
     def become(self, state: MountState) -> None:
         """Go to another state; this is the only place that does."""

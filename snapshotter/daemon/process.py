@@ -114,7 +114,7 @@ async def run(
                 nursery.cancel_scope.cancel()
         finally:
             if stop.leaves:
-                os.close(connection.device)
+                session.leave(connection)
             else:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(inheritance.unmount, connection)
@@ -149,7 +149,9 @@ async def _serve(
     locations = functools.cache(
         functools.partial(_locations, parts.transport, CredentialStore(), config)
     )
-    async with open_scheduler() as scheduler:
+    # The kernel is answered by the inner one, which ends first: a read that still waits when the
+    # scheduler closes would fail, instead of waiting for the successor.
+    async with open_scheduler() as scheduler, open_nursery() as answering:
         images = Images(
             places,
             views,
@@ -162,7 +164,10 @@ async def _serve(
             mode=None if config.mounts.mode == "auto" else Mode(config.mounts.mode),
         )
         await images.restore()  # before the kernel asks for any of them
-        await nursery.start(_serve_mount, views, parts.connection, places, resumed, stop)
+        await answering.start(_serve_mount, views, parts.connection, places, resumed, stop)
+        if not resumed:
+            await trio.to_thread.run_sync(parts.records.serve, parts.connection.init)
+        await images.settle()
         service = Service(places, images, parts.records, nursery, stop=stop, stay=stay)
         await service.restore()
         stop.leaves = False
@@ -172,6 +177,8 @@ async def _serve(
                     service.containerd = await serving.enter_async_context(
                         serve_containerd(config, images, parts.inheritance, stop)
                     )
+                else:
+                    await images.close_unused()
                 nursery.start_soon(notify.beat, functools.partial(_sign_of_life, places))
                 await _answer_clients(places, service, stop, stay=stay, ready=ready)
                 if images.none_open:
@@ -183,6 +190,7 @@ async def _serve(
                     await trio.to_thread.run_sync(parts.store.flush)  # while reads are answered
                 else:
                     await service.close()
+        answering.cancel_scope.cancel()
 
 
 async def _sign_of_life(places: Places) -> None:

@@ -14,7 +14,11 @@ import msgspec
 from snapshotter.daemon.errors import ControlProtocolError
 
 VERSION = 1
-"""Raised when a message changes its meaning; client and daemon of different versions part."""
+"""Raised when a message changes its meaning; client and daemon of different versions part.
+
+But for Hello, HandOverRequest, StopRequest and their replies, which never change: an upgrade, and a
+way back, are between two versions.
+"""
 
 MAX_MESSAGE = 1 << 20
 """Bytes of the longest line: the status of some two thousand mounts."""

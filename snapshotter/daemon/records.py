@@ -47,8 +47,8 @@ class ViewRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _File(msgspec.Struct):
-    """The file. `init` is what the kernel said when the FUSE mount was made. `next_slot` only
-    grows, because the kernel remembers the inodes of old views."""
+    """The file. `init` is what the kernel said when the FUSE mount was made, and was answered.
+    `next_slot` only grows, because the kernel remembers the inodes of old views."""
 
     init: bytes = b""
     next_slot: int = FIRST_SLOT
@@ -89,15 +89,26 @@ class Records:
 
     @property
     def init(self) -> bytes:
-        """What the kernel said when the FUSE mount was made, or nothing if there is no mount."""
+        """What the kernel said when the FUSE mount was made, or nothing if none was ever served."""
         with self._lock:
             return self._file.init
 
-    def start_afresh(self, init: bytes) -> None:
-        """Forget what a FUSE mount showed: there is a new one, in which no slot was used."""
+    def start_afresh(self) -> None:
+        """Forget what a FUSE mount showed: it is gone, or there is a new one that nobody answers
+        for yet."""
         with self._lock:
             native = [mount for mount in self._file.mounts if mount.mode == NATIVE]
-            self._file = _File(init=init, mounts=native)
+            self._file = _File(mounts=native)
+            self._write()
+
+    def serve(self, init: bytes) -> None:
+        """Note that the kernel has had its answer to `init`: a successor can go on with the mount.
+
+        Not earlier, because the kernel asks that once: a mount whose daemon died before it answered
+        is of no use to anybody.
+        """
+        with self._lock:
+            self._file.init = init
             self._write()
 
     def open_view(self, name: str, view: ViewRecord) -> dict[str, int]:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_BACKLOG = 64
+# Connections that nobody has taken yet, while a daemon starts or is busy. Clients that find it full
+# are told so at once (EAGAIN, unix(7)) and not made to wait. The kernel's own limit is 4096.
+_BACKLOG = 4096
 _RECEIVE = 64 << 10
 _REQUEST_SECONDS = 30.0  # for a client to say what it wants
 _SEND_SECONDS = 30.0  # for a client to take an answer

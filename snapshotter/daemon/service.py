@@ -24,7 +24,7 @@ from snapshotter.daemon.showing import Mode
 from snapshotter.mounts import syscalls
 from snapshotter.mounts.errors import MountBusyError, MountError, MountPointError
 from snapshotter.mounts.mountpoint import check_mount_point
-from snapshotter.mounts.table import mount_at
+from snapshotter.mounts.table import mount_at, read_mounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -273,21 +273,28 @@ class Service:
 
     async def _drop(self, mount: Mount) -> None:
         """Forget a mount whose directory shows nothing of ours (any more); once."""
-        if mount.state is MountState.GONE:
+        if mount.state is MountState.GONE:  # somebody has noticed who is not done yet
+            await mount.forgotten.wait()
             return
         mount.become(MountState.GONE)
         del self._mounts[mount.target]
-        await trio.to_thread.run_sync(self._records.remove_mount, str(mount.target))
-        if mount.image is not None:
-            await self._images.release(mount.image)
+        try:
+            await trio.to_thread.run_sync(self._records.remove_mount, str(mount.target))
+            if mount.image is not None:
+                await self._images.release(mount.image)
+        finally:
+            mount.forgotten.set()
 
     async def _forget_vanished(self) -> None:
         """Somebody may have used umount(8) on our mounts: believe the mount table."""
         shown = [
             mount for mount in self._mounts.values() if mount.state is not MountState.PREPARING
         ]
+        if not shown:
+            return
+        points = {entry.point for entry in await trio.to_thread.run_sync(read_mounts)}
         for mount in shown:
-            if await trio.to_thread.run_sync(mount_at, mount.target) is None:
+            if os.fsencode(mount.target) not in points:
                 with trio.CancelScope(shield=True):
                     await self._drop(mount)
 

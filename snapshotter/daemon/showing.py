@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import os
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -201,6 +202,22 @@ class Showing:
                     shown.why = str(error)
             return Mode.FUSE, await self._directory(shown, Mode.FUSE)
 
+    async def settle(self) -> None:
+        """Let the kernel learn that we need not be told of files being closed (FLUSH).
+
+        Once for the mount. Who closes a file waits for the answer, and cannot be killed meanwhile:
+        a reader that is killed while no daemon runs would stay for as long.
+        """
+        slot, name = 1, next(iter(_SAMPLE))
+        async with self._probing:
+            view = _sample(slot, name)
+            self._views.add(view)
+            try:
+                path = self._places.mount / name
+                await trio.to_thread.run_sync(_open_and_close, path, abandon_on_cancel=True)
+            finally:
+                self._views.remove(view)
+
     async def capabilities(self) -> Capabilities:
         """What this kernel can do for us, tried once. For when the FUSE mount is served."""
         async with self._probing:
@@ -290,6 +307,10 @@ class Showing:
 
     def _mount_point(self, shown: Shown, mode: Mode) -> Path:
         return self._places.views / (shown.name + (_NATIVE if mode is Mode.NATIVE else ""))
+
+
+def _open_and_close(path: Path) -> None:
+    os.close(os.open(path, os.O_RDONLY))
 
 
 def _sample(slot: int, name: str) -> View:

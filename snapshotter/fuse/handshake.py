@@ -40,7 +40,10 @@ class HandshakeError(FirstByteError):
 
 
 RESEND = struct.pack("=IiQ", 16, 7, 0)
-"""A message to the kernel: fuse_out_header with FUSE_NOTIFY_RESEND in the place of an error."""
+"""A message to the kernel: fuse_out_header with FUSE_NOTIFY_RESEND in the place of an error.
+
+It takes back what was read and not answered. Until then who waits for that cannot even be killed
+(request_wait_answer in fs/fuse/dev.c)."""
 
 
 class InitFlag(enum.IntFlag):
@@ -49,6 +52,7 @@ class InitFlag(enum.IntFlag):
     Bits 0 to 31 are the field `flags`, the others are `flags2`, which counts with EXTENDED only.
     """
 
+    ASYNC_DIO = 1 << 15  # Linux 3.10
     EXTENDED = 1 << 30  # FUSE_INIT_EXT, Linux 5.17
     ALLOW_IDMAP = 1 << 40  # FUSE_ALLOW_IDMAP, Linux 6.12
 
@@ -170,6 +174,16 @@ def allow_idmap(reply: InitReply, request: InitRequest) -> InitReply:
     if InitFlag.ALLOW_IDMAP not in request.flags:
         return reply
     return replace(reply, flags=reply.flags | InitFlag.EXTENDED | InitFlag.ALLOW_IDMAP)
+
+
+def refuse_async_direct(reply: InitReply) -> InitReply:
+    """The reply that has the kernel send one request after the other for a read with O_DIRECT.
+
+    For several at once it waits in a way that no signal ends, SIGKILL included (fuse_direct_IO):
+    such a reader would stay for as long as no daemon runs.
+    """
+    # Not `& ~`, which takes away all flags that have no name here.
+    return replace(reply, flags=reply.flags ^ reply.flags & InitFlag.ASYNC_DIO)
 
 
 def _split(flags: InitFlag) -> tuple[int, int]:

@@ -107,6 +107,13 @@ def close_mount(connection: Connection, mountpoint: Path) -> None:
     os.close(connection.device)  # the last of them ends what is still waiting
 
 
+def leave(connection: Connection) -> None:
+    """Leave the mount to somebody who resumes it; nobody answers in this process any more."""
+    with suppress(OSError):  # an older kernel, which `serve` complains about
+        os.write(connection.device, handshake.RESEND)  # who waits can be killed from now on
+    os.close(connection.device)
+
+
 async def serve(
     operations: Operations,
     connection: Connection,
@@ -126,7 +133,8 @@ async def serve(
         if resumed:
             _ask_again(connection.device)
         else:
-            _accept(connection.device, handshake.allow_idmap(reply, request))
+            reply = handshake.refuse_async_direct(handshake.allow_idmap(reply, request))
+            _accept(connection.device, reply)
         await _answer(mountpoint, task_status)
 
 

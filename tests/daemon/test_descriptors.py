@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import stat
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -100,7 +103,37 @@ def test_what_a_dead_holder_left_is_replaced(
     Holder(address).forget("b")
 
 
-@pytest.mark.parametrize("message", [b"?", b"K", b"Kname", b"A and more", b"\0" * 4000])
+def test_last_words_are_written_when_a_process_ends(address: Path, pipe: tuple[int, int]) -> None:
+    readable, writable = pipe
+    Holder(address).keep("a", writable)
+    program = (
+        "import sys, pathlib; from snapshotter.daemon.descriptors import Holder;"
+        "holder = Holder(pathlib.Path(sys.argv[1])); holder.at_end('a', sys.argv[2].encode());"
+        "print('ready', flush=True); sys.stdin.read()"
+    )
+    for words in (b"first", b"second"):
+        with subprocess.Popen(
+            [sys.executable, "-c", program, address, words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as process:
+            assert process.stdout
+            assert process.stdout.readline() == b"ready\n"
+            Holder(address).keep("b", readable)  # others may speak meanwhile
+            assert select.select([readable], [], [], 0)[0] == []
+            process.kill()
+        assert os.read(readable, 100) == words
+    Holder(address).forget("a")
+    Holder(address).forget("b")
+
+
+def test_nobody_needs_a_holder_to_have_last_words(address: Path) -> None:
+    Holder(address).at_end("a", b"words")
+
+
+@pytest.mark.parametrize(
+    "message", [b"?", b"K", b"Kname", b"A and more", b"W", b"Wother\0words", b"\0" * 4000]
+)
 def test_nonsense_does_not_end_it(address: Path, pipe: tuple[int, int], message: bytes) -> None:
     Holder(address).keep("a", pipe[0])
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:

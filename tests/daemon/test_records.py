@@ -62,7 +62,8 @@ def test_a_new_mount_starts_afresh(path: Path) -> None:
     records = Records(path)
     records.open_view("a", view("a"))
     records.add_mount(MOUNT)
-    records.start_afresh(b"hello")
+    records.start_afresh()
+    records.serve(b"hello")
     assert (records.views, records.mounts, records.init) == ([], [], b"hello")
     assert Records(path).open_view("b", view("b")) == {"b": 3}
 
@@ -72,7 +73,8 @@ def test_what_needs_no_fuse_mount_stays(path: Path) -> None:
     native = MountRecord(target="/n", reference="n", digest="sha256:02", mode="native")
     for mount in (MOUNT, native):
         records.add_mount(mount)
-    records.start_afresh(b"hello")
+    records.start_afresh()
+    records.serve(b"hello")
     assert Records(path).mounts == [native]
 
 

@@ -17,6 +17,7 @@ from snapshotter.fuse.handshake import (
     allow_idmap,
     parse_reply,
     parse_request,
+    refuse_async_direct,
 )
 
 # What Linux 6.18 says, and what libfuse 3.14 answered.
@@ -110,6 +111,14 @@ def test_idmapped_mounts_are_allowed_if_offered_and_nothing_else_changes(
     )
     not_offered = replace(request, flags=request.flags & ~InitFlag.ALLOW_IDMAP)
     assert allow_idmap(reply, not_offered) == reply
+
+
+@given(replies)
+def test_direct_reads_send_one_request_at_a_time_and_nothing_else_changes(reply: InitReply) -> None:
+    refused = refuse_async_direct(reply)
+    assert InitFlag.ASYNC_DIO not in refused.flags
+    assert replace(refused, flags=reply.flags) == reply
+    assert refused.flags | InitFlag.ASYNC_DIO == reply.flags | InitFlag.ASYNC_DIO
 
 
 @given(st.binary(max_size=120))

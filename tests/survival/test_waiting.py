@@ -1,0 +1,201 @@
+"""Who waits for a byte when the daemon goes: is answered by the next one, or can be killed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from snapshotter.daemon.descriptors import Holder
+from snapshotter.mounts import syscalls
+from tests.support.gateway import Gateway, gateway
+from tests.support.instance import Instance, firstbyte, wait_until
+from tests.support.layouts import write_layout
+from tests.support.registry import RunningRegistry, skopeo_push
+from tests.support.tars import file, tar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+pytestmark = pytest.mark.root
+
+BIG = random.Random(1).randbytes(6 << 20)
+SUM = hashlib.sha256(BIG).hexdigest()
+MODES = ("fuse", "erofs")
+RANGES = b"bytes="  # in requests for parts of layers
+
+
+@dataclass(frozen=True)
+class Images:
+    """Two images behind a gateway, named by digest: asking for them again needs no network."""
+
+    way: Gateway
+    one: str
+    another: str
+
+
+@pytest.fixture(scope="module")
+def images(registry: RunningRegistry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
+    digests = []
+    for name in ("one", "another"):
+        layout = tmp_path_factory.mktemp(name) / "layout"
+        tree = tar(file(b"big", BIG), file(b"other", BIG[::-1] + name.encode()))
+        digests.append(write_layout(layout, [tree]))
+        skopeo_push(layout, registry.reference(name))
+        firstbyte("index", "build", registry.reference(name), "--push")
+    with gateway(registry.host) as way:
+        yield Images(way, f"{way.host}/one@{digests[0]}", f"{way.host}/another@{digests[1]}")
+
+
+def terminated(here: Instance, daemon: subprocess.Popen[bytes]) -> None:
+    daemon.send_signal(signal.SIGTERM)
+    assert daemon.wait(30) == 0
+
+
+def killed(here: Instance, daemon: subprocess.Popen[bytes]) -> None:
+    daemon.kill()
+    daemon.wait(30)
+
+
+def replaced(here: Instance, daemon: subprocess.Popen[bytes]) -> None:
+    here.start("--replace")
+    assert daemon.wait(30) == 0
+
+
+@pytest.mark.parametrize("end", [terminated, killed, replaced])
+def test_a_read_that_waits_for_the_network_is_answered_by_the_next_daemon(
+    here: Instance, images: Images, end: Callable[[Instance, subprocess.Popen[bytes]], None]
+) -> None:
+    daemon = here.start()
+    with ExitStack() as stack:
+        with images.way.held_at(RANGES) as reached:
+            targets = _mount(here, images)
+            readers = [_read(stack, "sha256sum", target / "big") for target in targets]
+            assert reached.wait(30)
+            _until_asleep(readers)
+            end(here, daemon)
+            if end is not replaced:
+                here.start()
+            assert [reader.poll() for reader in readers] == [None] * len(readers)
+        for reader in readers:
+            said, _ = reader.communicate(timeout=60)
+            assert said.split()[0] == SUM
+
+
+@pytest.mark.parametrize("end", [terminated, killed])
+def test_who_waits_while_no_daemon_runs_can_be_killed(
+    here: Instance, images: Images, end: Callable[[Instance, subprocess.Popen[bytes]], None]
+) -> None:
+    """Also who had been waiting for something that the daemon was told, and did not answer."""
+    daemon = here.start()
+    direct = ["dd", "iflag=direct", "of=/dev/null", "bs=64k", "status=none"]
+    with ExitStack() as stack:
+        with images.way.held_at(RANGES) as reached:
+            targets = _mount(here, images)
+            before = [_read(stack, "cat", target / "big") for target in targets]
+            before.append(_read(stack, *direct, f"if={targets[0] / 'other'}"))
+            assert reached.wait(30)
+            _until_asleep(before)
+            end(here, daemon)
+        after = [_read(stack, "cat", target / "other") for target in targets]
+        after += [_read(stack, "ls", target / "not-there") for target in targets]
+        _until_asleep(after[:-1])  # the kernel's EROFS needs nobody for that
+        for reader in [*before, *after[:-1]]:
+            reader.kill()
+            assert reader.wait(30) == -signal.SIGKILL
+        here.start()
+        for target in targets:
+            assert _sum(target / "big") == SUM
+            here.succeed("umount", target)
+
+
+def test_the_first_daemon_may_die_before_it_has_spoken_to_the_kernel(
+    here: Instance, images: Images
+) -> None:
+    """The kernel says once what it can do, and nobody answers it when the next daemon starts."""
+    daemon = here.launch()
+    holder = Holder(here.state / "holder.sock")
+    while not (kept := holder.kept()):
+        time.sleep(0.001)
+    killed(here, daemon)
+    os.close(kept["fuse"])
+    here.start()
+    (target, _) = _mount(here, images)
+    assert _sum(target / "big") == SUM
+
+
+def test_an_image_that_nobody_wants_any_more_does_not_keep_the_next_daemon(
+    here: Instance, images: Images
+) -> None:
+    """The mount went while no daemon ran; the next one ends by itself, as if it had never been."""
+    target, other = here.directory("m"), here.directory("other")
+    here.succeed("mount", images.one, target, "--mode", "fuse")
+    os.kill(here.status()["pid"], signal.SIGKILL)
+    wait_until(lambda: not here.has_daemon())
+    syscalls.unmount(target)
+    here.succeed("mount", images.another, other, "--mode", "fuse")
+    here.succeed("umount", other)
+    wait_until(lambda: not here.has_daemon())
+    assert here.mounts() == []
+    assert here.holders() == []
+
+
+def test_what_a_service_manager_keeps_is_for_its_own_daemon(here: Instance, images: Images) -> None:
+    """Its daemon has died, and a command comes before the next one: nothing is taken down."""
+    daemon = here.start()
+    targets = _mount(here, images)
+    holder = Holder(here.state / "holder.sock")
+    kept = holder.kept()
+    for pid in here.holders():
+        os.kill(pid, signal.SIGKILL)
+    killed(here, daemon)
+    other = here.directory("other")
+    assert "waits for the daemon of a service manager" in here.fail("mount", images.one, other)
+    for name, descriptor in kept.items():
+        holder.keep(name, descriptor)
+        os.close(descriptor)
+    here.start()
+    for target in targets:
+        assert _sum(target / "big") == SUM
+        here.succeed("umount", target)
+
+
+def _mount(here: Instance, images: Images) -> Sequence[Path]:
+    targets = [here.directory(mode) for mode in MODES]
+    for target in targets:
+        here.succeed("mount", images.one, target, "--mode", target.name)
+    return targets
+
+
+def _read(stack: ExitStack, *command: str | Path) -> subprocess.Popen[str]:
+    """A reader, which is gone at the end in any case."""
+    reader = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
+    )
+    stack.enter_context(reader)
+    stack.callback(reader.kill)
+    return reader
+
+
+def _until_asleep(readers: Sequence[subprocess.Popen[str]]) -> None:
+    """Until all of them wait for something in the kernel's FUSE, or in a page of it."""
+    places = ("fuse_", "request_wait_answer", "folio_")
+
+    def waits(reader: subprocess.Popen[str]) -> bool:
+        stack = Path(f"/proc/{reader.pid}/stack").read_text()
+        return any(place in stack for place in places)
+
+    wait_until(lambda: all(map(waits, readers)))
+
+
+def _sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
