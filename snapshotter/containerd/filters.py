@@ -14,6 +14,7 @@ equal to anything; for "!=" and "~=" it counts as an empty value.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from snapshotter.containerd.errors import InvalidArgumentError
@@ -36,25 +37,46 @@ _ESCAPE = re.compile(
 _CONTROLS = dict(zip("abfnrtv", b"\a\b\f\n\r\t\v", strict=True))
 
 
-def compile_filters(filters: Sequence[str]) -> Predicate:
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Call it with a snapshot: whether it matches.
+
+    `label` is a label's name and value that every match has, if there is one: who keeps snapshots
+    by their labels need not look at all of them.
+    """
+
+    predicate: Predicate
+    label: tuple[str, str] | None = None
+
+    def __call__(self, info: Info) -> bool:
+        return self.predicate(info)
+
+
+def compile_filters(filters: Sequence[str]) -> Filter:
     """Whether a snapshot matches any of `filters`; no filters, or an empty one, match all.
 
     Raises InvalidArgumentError for text that is no filter.
     """
-    alternatives = [_Parser(text).parse() for text in filters]
+    parsers = [_Parser(text) for text in filters]
+    alternatives = [parser.parse() for parser in parsers]
     if not alternatives or not all(alternatives):
-        return lambda info: True
-    return lambda info: any(
-        all(selector(info) for selector in selectors) for selectors in alternatives
+        return Filter(lambda info: True)
+    label = parsers[0].label if len(parsers) == 1 else None
+    return Filter(
+        lambda info: any(
+            all(selector(info) for selector in selectors) for selectors in alternatives
+        ),
+        label,
     )
 
 
 class _Parser:
-    """One filter's text, and how far it is read."""
+    """One filter's text, and how far it is read. `label` is one that it asks for."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
+        self.label: tuple[str, str] | None = None
 
     def parse(self) -> list[Predicate]:
         """The selectors, none for an empty text."""
@@ -80,6 +102,8 @@ class _Parser:
             self._fail("an operator belongs here: ==, != or ~=")
         value = self._value(operator)
         if operator == "==":
+            if path[0] == "labels":
+                self.label = ".".join(path[1:]), value
             return lambda info: _field(info, path) == value
         if operator == "!=":
             return lambda info: (_field(info, path) or "") != value

@@ -31,6 +31,9 @@ SELECT s.id, s.kind, s.name, coalesce(p.name, ''), s.created_ns, s.updated_ns, s
 FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent LEFT JOIN lazy ON lazy.snapshot = s.id
 """
 
+_LABELS = "SELECT snapshot, key, value FROM labels"
+_LABELLED = "WHERE {} IN (SELECT snapshot FROM labels WHERE key = ? AND value = ?)"
+
 # From a snapshot upwards to the root or to the first lazy one, which stands for all below it.
 _CHAIN = """
 WITH RECURSIVE chain (id, parent, steps, image, depth) AS (
@@ -111,13 +114,17 @@ class Metadata:
         with self._database.reading() as run:
             return _record(run, name)
 
-    def all(self) -> list[Record]:
-        """Every snapshot, in the order they were made."""
+    def all(self, label: tuple[str, str] | None = None) -> list[Record]:
+        """Every snapshot, or those with a label of this name and value; in the order they were
+        made."""
+        condition, values = ("", ()) if label is None else (_LABELLED, label)
         with self._database.reading() as run:
             labels: dict[int, dict[str, str]] = {}
-            for snapshot, key, value in run.execute("SELECT snapshot, key, value FROM labels"):
+            query = f"{_LABELS} {condition.format('snapshot')}"
+            for snapshot, key, value in run.execute(query, values):
                 labels.setdefault(snapshot, {})[key] = value
-            rows = run.execute(f"{_SELECT} ORDER BY s.id").fetchall()
+            query = f"{_SELECT} {condition.format('s.id')} ORDER BY s.id"
+            rows = run.execute(query, values).fetchall()
         return [_to_record(row, labels.get(row[0], {})) for row in rows]
 
     def ids(self) -> set[int]:

@@ -186,7 +186,8 @@ class Snapshotter:
     async def list(self, filters: Sequence[str]) -> Sequence[Info]:
         def matching() -> Sequence[Info]:
             matches = compile_filters(filters)
-            return [record.info for record in self._metadata.all() if matches(record.info)]
+            found = self._metadata.all(matches.label)
+            return [record.info for record in found if matches(record.info)]
 
         return await self._in_thread(matching)
 

@@ -92,6 +92,14 @@ class Images:
         """What fetching has cost since the daemon's start."""
         return self._scheduler.stats
 
+    def hold_fill(self) -> None:
+        """A pull goes on: background downloads wait for its next step, which is near."""
+        self._scheduler.hold_fill()
+
+    def release_fill(self) -> None:
+        """The pull is over."""
+        self._scheduler.release_fill()
+
     async def acquire(
         self,
         reference: str,

@@ -23,7 +23,7 @@ from snapshotter.registry.errors import RegistryError
 from snapshotter.registry.reference import Reference
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterator, Sequence
     from pathlib import Path
 
     from snapshotter.containerd.labels import ImageLabels
@@ -46,14 +46,16 @@ _REOPEN_AT_ONCE = 4  # images that are opened side by side after a restart: it i
 class _Image:
     """One image that containerd knows, by its manifest's digest.
 
-    `layers` counts the snapshots by depth. `whole` is None until it is opened, `lowers` are the
-    parts of it that are shown, by depth. The lock is held by whoever changes any of that.
+    `layers` counts the snapshots by depth. `whole` is None until it is opened, `chains` are its
+    layers' chain IDs, once they were needed; `lowers` are the parts of it that are shown, by depth.
+    The lock is held by whoever changes any of that.
     """
 
     def __init__(self) -> None:
         self.lock = trio.Lock()
         self.layers: Counter[int] = Counter()
         self.whole: OpenImage | None = None
+        self.chains: Sequence[str] = ()
         self.lowers: dict[int, OpenImage] = {}
         self.refusal: Refused | None = None
         self.refused_until = 0.0
@@ -157,8 +159,12 @@ class LazySnapshots:
         if image.whole is None:
             if image.refusal is not None and trio.current_time() < image.refused_until:
                 return image.refusal
+            # containerd asks for one layer after the other. A download that begins with the first
+            # one takes from the pull what that needs: 1.7 s for 127 layers instead of 0.9.
+            self._images.hold_fill()
             image.refusal = await self._try_to_open(image, labels)
             if image.refusal is not None:
+                self._images.release_fill()
                 remembered = _REMEMBERED.get(image.refusal.kind, 0.0)
                 image.refused_until = trio.current_time() + remembered
                 return image.refusal
@@ -166,7 +172,9 @@ class LazySnapshots:
         assert whole is not None
         if whole.view.refusal is not None:
             return _refused(labels, "quarantined", str(whole.view.refusal))
-        chains = chain_ids(whole.resolved.config.rootfs.diff_ids)
+        if not image.chains:
+            image.chains = chain_ids(whole.resolved.config.rootfs.diff_ids)
+        chains = image.chains
         if labels.target not in chains:
             reason = f"the image has no chain {labels.target}: its configuration says otherwise"
             return _refused(labels, "unsupported", reason)
@@ -174,11 +182,16 @@ class LazySnapshots:
         if whole.resolved.manifest.layers[number].digest != labels.layer_digest:
             reason = f"{labels.target} is not the chain of layer {labels.layer_digest}"
             return _refused(labels, "unsupported", reason)
+        top = number + 1 == len(chains)
+        if top:
+            self._images.release_fill()
+        else:
+            self._images.hold_fill()
         return LayerPlace(
             image=labels.manifest_digest,
             depth=number + 1,
             content_key=whole.layers[number].table.content_key.hex(),
-            top=number + 1 == len(chains),
+            top=top,
         )
 
     async def _try_to_open(self, image: _Image, labels: ImageLabels) -> Refused | None:

@@ -154,3 +154,26 @@ def test_every_name_can_be_quoted(name: str) -> None:
     matches = compile_filters([f'name=="{quoted}"'])
     assert matches(info(name))
     assert not matches(info(name + "x"))
+
+
+@pytest.mark.parametrize(
+    ("filters", "label"),
+    [
+        (
+            ['labels."containerd.io/snapshot.ref"==sha256:1'],
+            ("containerd.io/snapshot.ref", "sha256:1"),
+        ),
+        (['labels.a.b==1,parent==""'], ("a.b", "1")),
+        (['kind==active,labels.a=="1"'], ("a", "1")),
+        (["labels.a!=1"], None),
+        (["labels.a"], None),
+        (["parent==a"], None),
+        (["labels.a==1", "labels.a==2"], None),
+        ([""], None),
+        ([], None),
+    ],
+)
+def test_a_label_that_every_match_has_is_known(
+    filters: list[str], label: tuple[str, str] | None
+) -> None:
+    assert compile_filters(filters).label == label

@@ -253,6 +253,15 @@ def test_a_lazy_target_is_made_once_for_each_parent(metadata: Metadata) -> None:
     assert found == {("l1", ""), ("l1 more", "other")}
 
 
+def test_snapshots_can_be_found_by_a_label(metadata: Metadata) -> None:
+    committed(metadata, "other")
+    lazy(metadata, "l1", "", "image", 1)
+    lazy(metadata, "l2", "l1", "image", 2)
+    every = {record.info.name: record for record in metadata.all()}
+    assert metadata.all((TARGET, "l2")) == [every["l2"]]
+    assert metadata.all((TARGET, "l3")) == metadata.all(("other", "l2")) == []
+
+
 def test_an_unpacked_target_with_the_same_parent_will_do(metadata: Metadata) -> None:
     create(metadata, "key")
     metadata.commit("any name", "key", {TARGET: "l1"}, "", ZERO)
