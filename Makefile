@@ -28,7 +28,7 @@ test: ## install what the tests need, and run them all
 	TMPDIR=/var/tmp .venv/bin/pytest --numprocesses 2 --dist loadfile
 
 bench: ## measure index, store, file system and layers; prints the tables of docs/benchmarks.md
-	@scripts/setup program demo
+	@scripts/setup program demo bench
 	@.venv/bin/firstbyte bench index --markdown
 	@echo
 	@.venv/bin/firstbyte bench read --markdown

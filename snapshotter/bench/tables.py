@@ -46,7 +46,7 @@ def as_json(tables: Sequence[Table]) -> str:
 
 
 def _text(table: Table) -> str:
-    lines = [table.columns, *(tuple(map(_show, row)) for row in table.rows)]
+    lines = [table.columns, *(tuple(map(show, row)) for row in table.rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     numbers = _number_columns(table)
     shown = [
@@ -61,7 +61,7 @@ def _text(table: Table) -> str:
 
 def _markdown(table: Table) -> str:
     rule = ["---:" if is_number else "---" for is_number in _number_columns(table)]
-    lines = [table.columns, rule, *(map(_show, row) for row in table.rows)]
+    lines = [table.columns, rule, *(map(show, row) for row in table.rows)]
     shown = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([f"### {table.title}", "", *shown, *_notes(table)])
 
@@ -71,13 +71,14 @@ def _notes(table: Table) -> list[str]:
 
 
 def _number_columns(table: Table) -> list[bool]:
+    """Those with a number, even if some have none."""
     return [
-        all(not isinstance(cell, str) for cell in column)
+        any(not isinstance(cell, str) for cell in column)
         for column in zip(*table.rows, strict=True)
     ]
 
 
-def _show(cell: Cell) -> str:
+def show(cell: Cell) -> str:
     """Three significant digits, thousands set apart."""
     if isinstance(cell, str):
         return cell

@@ -20,10 +20,9 @@ from snapshotter.bench.images import FORMS, GZIP, write_image
 from snapshotter.bench.layers import many_layers
 from snapshotter.bench.link.link import DistantRegistry
 from snapshotter.bench.link.profiles import LinkProfile
+from snapshotter.cli import cold_start
+from snapshotter.cli.benching import bench_workspace, say
 from snapshotter.cli.connection import json_option
-from snapshotter.demo.interruption import InterruptedBySignal, Interruption
-from snapshotter.demo.run import check_machine
-from snapshotter.demo.workspace import Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -75,6 +74,10 @@ def bench() -> None:
     """
 
 
+for command in cold_start.COMMANDS:
+    bench.add_command(command)
+
+
 @bench.command()
 @_options
 def index(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown: bool) -> None:
@@ -84,20 +87,20 @@ def index(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdow
         layers = _pack(directories, workspace)
         images = []
         for number, form in enumerate(FORMS):
-            _say(f"compressing the layers: {form.name}")
+            say(f"compressing the layers: {form.name}")
             images.append(write_image(workspace / f"image-{number}", form, layers))
         gzip = images[FORMS.index(GZIP)]
         results: list[Table] = []
-        _say("building indexes")
+        say("building indexes")
         results.append(building.throughput(images, samples))
-        _say("building indexes, part by part")
+        say("building indexes, part by part")
         results.append(building.parts(gzip, layers, samples))
         results.append(building.sizes(images))
-        _say("compressing the layers into frames of several sizes")
+        say("compressing the layers into frames of several sizes")
         results.append(building.frames(layers, gzip.size))
-        _say(f"opening indexes of up to {max(_OPENED_FILES)} files")
+        say(f"opening indexes of up to {max(_OPENED_FILES)} files")
         results += opening.opening(_OPENED_FILES, workspace, samples)
-        _say(f"mounting an image of {_MOUNTED_FILES} files")
+        say(f"mounting an image of {_MOUNTED_FILES} files")
         results.append(mounting.mounting(_MOUNTED_FILES, workspace / "large", samples))
         _show([conditions.table(), *results], as_json, as_markdown)
 
@@ -109,11 +112,11 @@ def read(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown
     with _workspace() as workspace:
         conditions = Conditions(workspace)
         layers = _pack(directories, workspace)
-        _say(f"compressing the layers: {GZIP.name}")
+        say(f"compressing the layers: {GZIP.name}")
         image = write_image(workspace / "image", GZIP, layers)
-        _say("reading a fully local image")
+        say("reading a fully local image")
         results = reading.compare(image, workspace / "local", samples)
-        _say("reading an image of which nothing is local")
+        say("reading an image of which nothing is local")
         results.append(first_read.first_read(image, workspace / "first", samples))
         _show([conditions.table(), *results], as_json, as_markdown)
 
@@ -132,9 +135,9 @@ def read(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown
 @_output_options
 def layers(counts: tuple[int, ...], samples: int, as_json: bool, as_markdown: bool) -> None:
     """Starting an image of many layers with containerd, against the same in one."""
-    with _bench_workspace() as workspace:
+    with bench_workspace() as workspace:
         conditions = Conditions(workspace.path)
-        _say(f"starting images of 1, {', '.join(map(str, counts))} layers")
+        say(f"starting images of 1, {', '.join(map(str, counts))} layers")
         results = many_layers(workspace, counts, samples)
         _show([conditions.table(), *results], as_json, as_markdown)
 
@@ -157,7 +160,7 @@ def link(profile: str, command: tuple[str, ...]) -> None:
     What the link has carried is told at the end. Needs root.
     """
     chosen = LinkProfile.parse(profile)
-    with _bench_workspace() as workspace:
+    with bench_workspace() as workspace:
         registry = DistantRegistry(workspace, chosen)
         hosts = {"FIRSTBYTE_LINK": registry.host, "FIRSTBYTE_DIRECT": registry.direct}
         try:
@@ -171,23 +174,11 @@ def link(profile: str, command: tuple[str, ...]) -> None:
             process.terminate()
             process.wait()
         carried = registry.link.carried()
-        _say(
+        say(
             f"{carried.down / 1e6:.3f} MB down, {carried.up / 1e6:.3f} MB up, {carried.requests} "
             f"requests ({carried.failed} failed), {carried.connections} connections"
         )
     sys.exit(process.returncode)
-
-
-@contextmanager
-def _bench_workspace() -> Iterator[Workspace]:
-    """A place for what is started and mounted, all of which goes in the end."""
-    check_machine()
-    try:
-        with Interruption() as interruption, Workspace(interruption, _say) as workspace:
-            yield workspace
-    except InterruptedBySignal as interrupted:
-        click.echo(f"firstbyte: {interrupted}", err=True)
-        sys.exit(128 + interrupted.number)
 
 
 @contextmanager
@@ -202,12 +193,8 @@ def _pack(directories: Sequence[Path], workspace: Path) -> tuple[corpus.RawLayer
     """The corpus as tars: what was asked for as a whole, or a part of the usual directories."""
     limit = None if directories else corpus.DEFAULT_LIMIT
     chosen = directories or corpus.default_directories()
-    _say(f"packing {', '.join(map(str, chosen))}")
+    say(f"packing {', '.join(map(str, chosen))}")
     return corpus.pack(chosen, limit, workspace)
-
-
-def _say(what: str) -> None:
-    click.echo(f"* {what}", err=True)
 
 
 def _show(results: Sequence[Table], as_json: bool, as_markdown: bool) -> None:

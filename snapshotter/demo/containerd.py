@@ -84,6 +84,7 @@ class Containerd:
         self.snapshotter = _PROXY if proxy else _DEFAULT
         # Cgroups are the machine's: as unique as the workspace's directory.
         self.cgroup = f"{workspace.path.name}-{name}"
+        self.root = self.directory / "root"
         self._socket = self.directory / "containerd.sock"
         self._state = self.directory / "state"
         self._log = self.directory / "log"
@@ -96,6 +97,7 @@ class Containerd:
                 output=log.fileno(),
                 errors=subprocess.STDOUT,
             )
+        self.pid = self._process.pid
         workspace.defer(f"stop {name}", self.stop)
         self._wait()
 
@@ -138,7 +140,7 @@ class Containerd:
 
     def _configuration(self, proxy: Path | None) -> str:
         text = _CONFIGURATION.format(
-            root=_text(self.directory / "root"),
+            root=_text(self.root),
             state=_text(self._state),
             socket=_text(self._socket),
             snapshotter=_text(self.snapshotter),

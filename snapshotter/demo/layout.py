@@ -32,10 +32,12 @@ _BLOCK = 1 << 18  # bytes handed to gzip at once
 @dataclass(frozen=True)
 class HostFile:
     """An entry that is copied from this machine, with its mode and owner, and with its modification
-    time unless it is a directory: those of this machine change with what else is in them."""
+    time unless it is a directory (those of this machine change with what else is in them) or is not
+    to be `dated`."""
 
     name: str
     path: Path
+    dated: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,15 @@ class MadeFile:
     data: bytes = b""
 
 
-Member = HostFile | MadeFile
+@dataclass(frozen=True)
+class PackedFile:
+    """An entry that is copied from an uncompressed tar, which its header was read from."""
+
+    header: tarfile.TarInfo
+    tar: Path
+
+
+Member = HostFile | MadeFile | PackedFile
 
 
 @dataclass(frozen=True)
@@ -103,9 +113,14 @@ def _add(tar: tarfile.TarFile, member: Member) -> None:
     if isinstance(member, MadeFile):
         tar.addfile(member.header, io.BytesIO(member.data))
         return
+    if isinstance(member, PackedFile):
+        with member.tar.open("rb") as file:
+            file.seek(member.header.offset_data)
+            tar.addfile(member.header, file if member.header.isreg() else None)
+        return
     header = tar.gettarinfo(member.path, member.name)  # finds hard links, too
     header.uname = header.gname = ""
-    header.mtime = MADE_MTIME if header.isdir() else int(header.mtime)
+    header.mtime = int(header.mtime) if member.dated and not header.isdir() else MADE_MTIME
     if header.isreg():
         with member.path.open("rb") as file:
             tar.addfile(header, file)

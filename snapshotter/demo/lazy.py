@@ -76,9 +76,18 @@ class _Status(msgspec.Struct, frozen=True):
     fetched: dict[str, _Fetched]
 
 
-def build_index(workspace: Workspace, reference: str) -> None:
-    """Build an image's file index, and push it to where the image is."""
-    workspace.run([*_FIRSTBYTE, "index", "build", reference, "--push"], seconds=_BUILD_SECONDS)
+def build_index(workspace: Workspace, reference: str, profile: Path | None = None) -> None:
+    """Build an image's file index, and push it to where the image is; with a startup pack, if there
+    is a startup profile."""
+    options: list[str | Path] = ["--profile", profile] if profile else []
+    workspace.run(
+        [*_FIRSTBYTE, "index", "build", reference, "--push", *options], seconds=_BUILD_SECONDS
+    )
+
+
+def convert(workspace: Workspace, source: str, target: str) -> None:
+    """Copy an image with its layers in seekable frames, and its file index with it."""
+    workspace.run([*_FIRSTBYTE, "convert", source, target], seconds=_BUILD_SECONDS)
 
 
 class Node:
@@ -91,7 +100,7 @@ class Node:
     def __init__(self, workspace: Workspace, name: str = "node") -> None:
         self._workspace = workspace
         directory = workspace.directory(name)
-        places = Places(directory / "root", directory / "state")
+        self.places = places = Places(directory / "root", directory / "state")
         configuration = directory / "config.toml"
         configuration.write_text(_CONFIGURATION.format(directory=directory))
         self.address = places.state / SOCKET_NAME
@@ -103,6 +112,7 @@ class Node:
                 output=log.fileno(),
                 errors=subprocess.STDOUT,
             )
+        self.pid = self._daemon.pid
         workspace.defer("stop the daemon", self.stop)
         self._wait(places)
 
@@ -126,6 +136,13 @@ class Node:
         """What was fetched because somebody waited for it, or was about to, in compressed bytes."""
         return sum(
             fetched.bytes for cause, fetched in self._status().fetched.items() if cause != "fill"
+        )
+
+    def export_profile(self, reference: str, target: Path) -> None:
+        """Write what starts of an image have touched. Raises DemoError if none has settled yet."""
+        self._workspace.run(
+            [*_FIRSTBYTE, "profile", "export", *self._options, "-o", target, reference],
+            seconds=_COMMAND_SECONDS,
         )
 
     def calls(self) -> list[Calls]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from snapshotter.demo.container import Output
 from snapshotter.demo.errors import DemoError
@@ -16,29 +16,56 @@ from snapshotter.demo.workspace import stop_group
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
-    from snapshotter.demo.containerd import Containerd
+    from snapshotter.demo.workspace import Workspace
+
+
+class Runner(Protocol):
+    """A containerd, as far as running containers needs it."""
+
+    workspace: Workspace
+    directory: Path
+    snapshotter: str
+    cgroup: str
+
+    def ctr(self, *arguments: str | Path) -> str:
+        """What ctr prints. Raises DemoError if it fails."""
+
+    def ctr_command(self, *arguments: str | Path) -> list[str | Path]:
+        """The command line of ctr for this containerd."""
 
 
 class Task:
-    """One container of `containerd`, with the image's own command. `name` must be new in it."""
+    """One container of `containerd`; `name` must be new in it. It runs the image's own command, or
+    `command`, in the host's network, or in the network namespace at a path."""
 
-    def __init__(self, containerd: Containerd, name: str, reference: str) -> None:
+    def __init__(
+        self,
+        containerd: Runner,
+        name: str,
+        reference: str,
+        *,
+        command: Sequence[str] = (),
+        network: Path | None = None,
+    ) -> None:
         self._containerd = containerd
         self._name = name
         self._reference = reference
+        self._command = command
+        self._network = network
         self._pid_file = containerd.directory / f"{name}.pid"
         self._process: subprocess.Popen[bytes] | None = None
         self.output = Output()
 
     def start(self, environment: Mapping[str, str]) -> None:
-        """Start it in the host's network; `environment` goes before what the image sets."""
+        """Start it; `environment` goes before what the image sets."""
         containerd = self._containerd
         containerd.workspace.defer(f"remove the container {self._name}", self.stop)
         command = containerd.ctr_command(
             "run",
-            "--net-host",
+            f"--with-ns=network:{self._network}" if self._network else "--net-host",
             *("--snapshotter", containerd.snapshotter),
             *("--cgroup", f"/{containerd.cgroup}/{self._name}"),
             *("--runc-root", containerd.directory / "runc"),
@@ -47,6 +74,7 @@ class Task:
             *(f"--env={name}={value}" for name, value in environment.items()),
             self._reference,
             self._name,
+            *self._command,
         )
         reader, writer = os.pipe()
         try:
@@ -58,7 +86,13 @@ class Task:
 
     def started(self) -> bool:
         """Whether containerd has made the container. What is printed before is ctr's complaint."""
-        return self._pid_file.exists()
+        return self.pid() is not None
+
+    def pid(self) -> int | None:
+        """The workload's process, once the container was made; its program may start later."""
+        with contextlib.suppress(OSError, ValueError):  # not there yet, or not written yet
+            return int(self._pid_file.read_text())
+        return None
 
     def exit_status(self) -> int | None:
         """The workload's exit status; None while it runs."""

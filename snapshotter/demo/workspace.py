@@ -26,7 +26,7 @@ from snapshotter.mounts.syscalls import unmount
 from snapshotter.mounts.table import read_mounts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
 # In the environment of every process that is started here, and so of their children.
@@ -75,14 +75,25 @@ class Workspace:
         """
         self._steps.append((what, step))
 
-    def run(self, argv: Sequence[str | Path], *, seconds: float) -> str:
-        """Run a program to its end and return its standard output.
+    def run(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        seconds: float,
+        environment: Mapping[str, str] | None = None,
+    ) -> str:
+        """Run a program to its end and return its standard output; `environment` is added to ours.
 
         Raises DemoError with the end of its output if it fails or takes longer than `seconds`.
         """
         name = " ".join(str(part) for part in argv[:3])
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-            process = self.start(argv, output=output.fileno(), errors=errors.fileno())
+            process = self.start(
+                argv,
+                output=output.fileno(),
+                errors=errors.fileno(),
+                environment=environment,
+            )
             try:
                 ended = self._wait(process, seconds)
             finally:
@@ -113,6 +124,7 @@ class Workspace:
         output: int,
         errors: int,
         source: int = subprocess.DEVNULL,
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
         """Start a program in a session of its own, so that Ctrl-C reaches only the demo.
 
@@ -128,11 +140,17 @@ class Workspace:
                 stderr=errors,
                 start_new_session=True,
                 cwd=self.path,
-                env={**os.environ, MARK: str(self.path), "TMPDIR": str(self._temporary)},
+                env={
+                    **os.environ,
+                    **(environment or {}),
+                    MARK: str(self.path),
+                    "TMPDIR": str(self._temporary),
+                },
             )
         except FileNotFoundError:
             raise DemoError(
-                f"{argv[0]} is not installed", hint="'make demo' installs what is needed"
+                f"{argv[0]} is not installed",
+                hint="'make demo' installs what is needed, and 'make bench' for benchmarks",
             ) from None
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -103,15 +102,22 @@ class DistantRegistry:
             host=self.direct,
         )
 
-    def read_into_memory(self) -> None:
-        """Have the kernel keep what the registry stores, so that its disk is not measured along
-        with the link: the registry of others is another machine."""
+    def read_into_memory(self, repository: str) -> None:
+        """Have the kernel keep what the registry stores of an image, so that its disk is not
+        measured along with the link: the registry of others is another machine.
+
+        Raises BenchError if there is no such image.
+        """
+        stored = self.registry.storage / "docker" / "registry" / "v2"
+        links = [*(stored / "repositories" / repository).rglob("link")]
+        if not links:
+            raise BenchError(f"there is no {repository} in the registry")
         buffer = bytearray(1 << 20)
-        for folder, _, names in os.walk(self.registry.storage):
-            for name in names:
-                with open(os.path.join(folder, name), "rb", buffering=0) as file:
-                    while file.readinto(buffer):
-                        pass
+        for digest in {link.read_text().removeprefix("sha256:") for link in links}:
+            blob = stored / "blobs" / "sha256" / digest[:2] / digest / "data"
+            with blob.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
 
 def _read_line(stream: BinaryIO, found: list[bytes]) -> None:

@@ -1,0 +1,1 @@
+"""From "run this image" on an empty node to "the workload answers", measured."""

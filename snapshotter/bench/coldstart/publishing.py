@@ -1,0 +1,100 @@
+"""Has the images that are measured, in their variants, in the registry behind the link."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from snapshotter.bench.coldstart.results import Facts
+from snapshotter.demo.lazy import build_index, convert
+from snapshotter.registry.credentials import CredentialStore
+from snapshotter.registry.locations import Locations
+from snapshotter.registry.platform import Platform
+from snapshotter.registry.transport import Transport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from snapshotter.bench.coldstart.catalogue import Image
+    from snapshotter.bench.link.link import DistantRegistry
+    from snapshotter.bench.recipes.build import Builder
+    from snapshotter.demo.workspace import Workspace
+    from snapshotter.registry.manifest import Manifest
+
+CONVERTED = "converted"
+"""The variant whose layers FirstByte has recompressed."""
+
+PROFILED = "profile"
+"""The variant whose file index comes with a startup pack, of a start that was recorded."""
+
+
+class Publisher:
+    """Puts images into the registry when they are asked for, each variant once."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        registry: DistantRegistry,
+        builder: Builder,
+        record: Callable[[Image, str, Path], None],
+        say: Callable[[str], None],
+    ) -> None:
+        """`record` writes the startup profile of an image in a repository into a file."""
+        self._workspace = workspace
+        self._registry = registry
+        self._builder = builder
+        self._record = record
+        self._say = say
+        self._repositories: dict[tuple[str, str], str] = {}
+
+    def repository(self, image: Image, variant: str) -> str:
+        """The repository of an image as a mode needs it. Takes a while the first time.
+
+        Raises DemoError if what prepares it fails.
+        """
+        key = image.name, variant
+        if key not in self._repositories:
+            name = f"{image.name}-{variant}" if variant else image.name
+            if variant == CONVERTED:
+                original = self._direct(self.repository(image, ""))
+                self._say(f"{image.name}: converting")
+                convert(self._workspace, original, self._direct(name))
+            elif variant == PROFILED:
+                profile = self._workspace.path / f"{name}.profile"
+                original = self.repository(image, "")
+                self._say(f"{image.name}: recording a start")
+                self._record(image, original, profile)
+                self._copy(image, name, profile)
+            else:
+                self._copy(image, name)
+            self._repositories[key] = name
+        return self._repositories[key]
+
+    def facts(self, image: Image) -> Facts:
+        """What can be said of an image without starting it."""
+        manifest = trio.run(_manifest, self._direct(self.repository(image, "")))
+        return Facts(
+            reference=image.reference or "built from packages",
+            group=image.group,
+            layers=len(manifest.layers),
+            compressed_bytes=sum(layer.size for layer in manifest.layers),
+        )
+
+    def _copy(self, image: Image, repository: str, profile: Path | None = None) -> None:
+        source = image.reference
+        if image.recipe:
+            source = self._builder.image(image.name, image.recipe)
+        self._say(f"{image.name}: copying into the registry, building the file index")
+        self._registry.registry.copy_in(source, f"{repository}:latest")
+        build_index(self._workspace, self._direct(repository), profile)
+
+    def _direct(self, repository: str) -> str:
+        return f"{self._registry.direct}/{repository}:latest"
+
+
+async def _manifest(reference: str) -> Manifest:
+    async with Transport() as transport:
+        source = Locations(transport, CredentialStore()).source(reference)
+        return (await source.resolve(Platform.host())).manifest

@@ -1,0 +1,203 @@
+"""`firstbyte bench cold-start`, and the commands around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from snapshotter.bench import tables
+from snapshotter.bench.coldstart import catalogue, report, results
+from snapshotter.bench.coldstart.modes import STANDARD, Mode
+from snapshotter.bench.coldstart.run import Plan, run
+from snapshotter.bench.link import profiles
+from snapshotter.bench.link.profiles import LinkProfile
+from snapshotter.bench.recipes.build import DEFAULT_CACHE, Builder
+from snapshotter.cli.benching import bench_workspace, say
+from snapshotter.cli.connection import json_option
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from snapshotter.bench.coldstart.catalogue import Image
+    from snapshotter.bench.coldstart.results import Results
+
+_ALL_LINKS = "standard"
+_DEFAULT_IMAGES = ("service",)
+_DEFAULT_LINK = "200mbit-20ms"
+_DEFAULT_MODES = tuple(mode.name for mode in STANDARD if not (mode.lazy and mode.local))
+
+_list_option = click.option(
+    "--images",
+    "listed",
+    metavar="LIST",
+    default=catalogue.BUILT,
+    show_default=True,
+    help="Which list of images: `built` from Debian and PyPI packages, `public` ones, or a TOML "
+    "file of your own.",
+)
+_image_option = click.option(
+    "--image",
+    "names",
+    metavar="NAME",
+    multiple=True,
+    help="An image of the list, or a group of them; may be given several times [default: service].",
+)
+_cache_option = click.option(
+    "--cache",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=DEFAULT_CACHE,
+    show_default=True,
+    help="Where built images are kept.",
+)
+
+
+@click.command("cold-start")
+@_list_option
+@_image_option
+@click.option(
+    "--mode",
+    "modes",
+    metavar="MODE",
+    multiple=True,
+    default=_DEFAULT_MODES,
+    show_default=True,
+    help=f"How to start: {', '.join(mode.name for mode in STANDARD)}; or another snapshotter as "
+    "NAME@SOCKET of the containerd whose CRI uses it.",
+)
+@click.option(
+    "--link",
+    "links",
+    metavar="LINK",
+    multiple=True,
+    default=(_DEFAULT_LINK,),
+    show_default=True,
+    help="A network link, as 200mbit-20ms or 20mbit-150ms-1%; `standard` is all of "
+    f"{', '.join(link.name for link in profiles.STANDARD)}.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="How often everything is measured.",
+)
+@click.option(
+    "--budget",
+    metavar="MINUTES",
+    type=click.FloatRange(min=0, min_open=True),
+    help="End in about this time, whatever is missing then.",
+)
+@click.option(
+    "--resume",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Keep results in this file, and only measure what is missing in it.",
+)
+@click.option(
+    "--report",
+    "target",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write a report there: Markdown, pictures, and one HTML page with all of it.",
+)
+@click.option(
+    "--no-local",
+    "wait_local",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Do not wait until all of an image has come.",
+)
+@_cache_option
+@json_option
+def cold_start(
+    listed: str,
+    names: tuple[str, ...],
+    modes: tuple[str, ...],
+    links: tuple[str, ...],
+    samples: int,
+    budget: float | None,
+    resume: Path | None,
+    target: Path | None,
+    wait_local: bool,
+    cache: Path,
+    as_json: bool,
+) -> None:
+    """From "run this image" on an empty node to "the workload answers".
+
+    Each sample is a new node: nothing in its stores, the page cache dropped, no connection open.
+    A real registry is behind a link of known bandwidth and delay. Images are built when they are
+    needed for the first time, which takes minutes each.
+    """
+    plan = Plan(
+        images=_chosen(listed, names),
+        modes=[Mode.parse(mode) for mode in modes],
+        links=_links(links),
+        samples=samples,
+        wait_local=wait_local,
+        cache=cache,
+        output=resume,
+        budget=None if budget is None else 60 * budget,
+        results=results.read(resume) if resume and resume.exists() else results.Results(),
+    )
+    with bench_workspace() as workspace:
+        found = run(workspace, plan, say)
+    if target:
+        _write_report(found, target)
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+    else:
+        click.echo(tables.as_text(report.tables(found)))
+
+
+@click.command("build")
+@_list_option
+@_image_option
+@_cache_option
+def build(listed: str, names: tuple[str, ...], cache: Path) -> None:
+    """Build images ahead, so that a measurement need not wait for them."""
+    with bench_workspace() as workspace:
+        builder = Builder(workspace, cache, say)
+        for image in _chosen(listed, names):
+            if image.recipe:
+                say(f"{image.name}: {builder.image(image.name, image.recipe)}")
+
+
+@click.command("report")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
+def make_report(file: Path, directory: Path) -> None:
+    """Make a report of the results in FILE: Markdown, pictures, and one HTML page."""
+    _write_report(results.read(file), directory)
+
+
+COMMANDS = (cold_start, build, make_report)
+
+
+def _chosen(listed: str, names: Sequence[str]) -> list[Image]:
+    if listed in (catalogue.BUILT, catalogue.PUBLIC):
+        return catalogue.choose(catalogue.builtin(listed), names or _DEFAULT_IMAGES)
+    return catalogue.choose(catalogue.load(Path(listed)), names)
+
+
+def _links(names: Sequence[str]) -> list[LinkProfile]:
+    found: dict[LinkProfile, None] = {}
+    for name in names:
+        if name == _ALL_LINKS:
+            found |= dict.fromkeys(profiles.STANDARD)
+        else:
+            found[LinkProfile.parse(name)] = None
+    return list(found)
+
+
+def _write_report(found: Results, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "report.md").write_text(report.markdown(found))
+    (directory / "report.html").write_text(report.page(found))
+    for name, picture in report.pictures(found).items():
+        (directory / f"{name}.svg").write_text(picture)
+    say(f"the report is at {directory / 'report.html'}")

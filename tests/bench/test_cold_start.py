@@ -1,0 +1,160 @@
+"""Cold starts, measured from end to end with an image that starts in no time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from snapshotter.bench.coldstart import results
+from snapshotter.bench.coldstart.modes import STANDARD, Mode
+from snapshotter.bench.coldstart.residency import resident, touched
+from snapshotter.bench.errors import BenchError
+from tests.bench.test_command import bench
+from tests.support.layouts import write_layout
+from tests.support.rootfs import as_layer, make_rootfs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.root
+
+LINK = "200mbit-5ms"
+MODES = ("local", "overlayfs", "firstbyte")
+CATALOGUE = """
+[[image]]
+name = "tiny"
+reference = "oci:{layout}:tiny"
+command = ["sh", "-c", "cat /bin/cat >/dev/null; echo ready; sleep 600"]
+ready = {{ line = '^ready$' }}
+within = 60.0
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A list with one image."""
+    directory = tmp_path_factory.mktemp("images")
+    root = make_rootfs(directory / "root")
+    config = {"config": {"Env": ["PATH=/bin"], "Cmd": ["sh"]}}
+    write_layout(directory / "layout", [as_layer(root)], tag="tiny", config=config)
+    path = directory / "images.toml"
+    path.write_text(CATALOGUE.format(layout=directory / "layout"))
+    return path
+
+
+@pytest.fixture
+def workplace(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where workspaces are made; nothing may be left in it. On a disk, with a short path."""
+    with tempfile.TemporaryDirectory(prefix="fb-", dir="/var/tmp") as directory:
+        monkeypatch.setenv("TMPDIR", directory)
+        yield Path(directory)
+        assert list(Path(directory).iterdir()) == []
+
+
+def test_starts_are_measured_and_what_is_missing_is_measured_later(
+    images: Path, workplace: Path, tmp_path: Path
+) -> None:
+    kept, written = tmp_path / "results.json", tmp_path / "report"
+    command = ["cold-start", "--images", images, "--link", LINK, "--samples", "1", "--resume", kept]
+    command += ["--cache", tmp_path / "cache"]
+    done = bench(*command, "--mode", "overlayfs", "--mode", "local", "--report", written)
+    assert done.returncode == 0, done.stderr
+    done = bench(*command, *(word for mode in MODES for word in ("--mode", mode)), "--json")
+    assert done.returncode == 0, done.stderr
+    assert "[1/1] tiny, firstbyte" in done.stderr
+
+    found = results.read(kept)
+    assert json.loads(done.stdout)["images"].keys() == {"tiny"}
+    by_mode = {sample.mode: sample for sample in found.samples}
+    assert by_mode.keys() == set(MODES)
+    size = found.images["tiny"].compressed_bytes
+    for mode, sample in by_mode.items():
+        assert 0 <= sample.pulled <= sample.created <= sample.started <= sample.ready
+        assert sample.disk_bytes > 0
+        if mode == "local":
+            assert sample.total_bytes == 0
+        else:
+            assert size <= sample.total_bytes <= 1.5 * size
+            assert 0 < sample.ready_requests <= sample.total_requests
+            assert sample.local
+            assert sample.curve[-1][1] == sample.total_bytes
+    read = found.images["tiny"].touched
+    assert read
+    assert Path("/bin/cat").stat().st_size < read.bytes
+    assert 0 < read.compressed_bytes < read.bytes
+    assert len(found.conditions) == 2
+    assert (written / "report.html").read_text().startswith("<!doctype html>")
+    assert (written / f"timeline-{LINK}.svg").exists()
+
+
+def test_an_interrupted_run_leaves_nothing_behind(
+    images: Path, workplace: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "snapshotter.cli.main", "bench", "cold-start"]
+    command += ["--images", str(images), "--mode", "overlayfs", "--link", "1mbit-5ms"]
+    command += ["--cache", str(tmp_path / "cache")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr
+        end = time.monotonic() + 60
+        while not list(workplace.glob("*/node-1")) and time.monotonic() < end:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(60) == 128 + signal.SIGINT
+        assert "interrupted by SIGINT" in running.stderr.read()
+
+
+def test_an_image_that_does_not_get_ready_says_what_it_printed(
+    images: Path, workplace: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "images.toml"
+    path.write_text(images.read_text().replace("echo ready; sleep 600", "echo oh no; exit 3"))
+    done = bench(
+        *("cold-start", "--images", path, "--mode", "local", "--cache", tmp_path / "cache")
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last == "firstbyte: the workload of tiny ended with status 3 before it was ready: oh no"
+
+
+def test_a_mode_is_one_of_ours_or_a_snapshotter_of_some_containerd() -> None:
+    for mode in STANDARD:
+        assert Mode.parse(mode.name) == mode
+    foreign = Mode.parse("stargz@/run/containerd/containerd.sock")
+    assert (foreign.snapshotter, foreign.containerd) == (
+        "stargz",
+        Path("/run/containerd/containerd.sock"),
+    )
+    with pytest.raises(BenchError, match="no mode 'stargz'"):
+        Mode.parse("stargz")
+
+
+def test_what_is_in_the_page_cache_of_a_file_is_found() -> None:
+    with tempfile.NamedTemporaryFile(dir="/var/tmp") as file:  # tmpfs cannot forget
+        content = os.urandom(1 << 20)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
+        assert resident(Path(file.name)) == []
+        os.pread(file.fileno(), 5000, 8192)
+        ((start, end),) = resident(Path(file.name))
+        assert start <= 8192
+        assert end >= 8192 + 5000
+        assert end - start < len(content)
+
+
+def test_nothing_is_read_of_a_tree_that_nobody_reads(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    found = touched([tmp_path])
+    assert (found.files, found.bytes) == (0, 0)
