@@ -42,7 +42,10 @@ class DescriptorStore(Protocol):
         """Have a message written to a kept descriptor when this process ends, however it does."""
 
     def kept(self) -> dict[str, int]:
-        """Descriptors that a predecessor had kept, to be closed by the caller. Once a process."""
+        """Descriptors that a predecessor had kept: those of the first call, whose they are then.
+
+        Not to be called before the predecessor has ended.
+        """
 
 
 def descriptor_store(state: Path) -> DescriptorStore:
@@ -54,6 +57,9 @@ def descriptor_store(state: Path) -> DescriptorStore:
 
 class SystemdStore:
     """The descriptor store of the service manager."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, int] = {}
 
     def keep(self, name: str, descriptor: int) -> None:
         self.forget(name)  # systemd keeps several of a name
@@ -67,14 +73,13 @@ class SystemdStore:
         """Not here: systemd starts the next process at once."""
 
     def kept(self) -> dict[str, int]:
-        if os.environ.pop("LISTEN_PID", "") != str(os.getpid()):
-            return {}
-        names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-        count = int(os.environ.pop("LISTEN_FDS", "0"))
-        found = dict(zip(names, range(_FIRST, _FIRST + count), strict=False))
-        for descriptor in found.values():
-            os.set_inheritable(descriptor, False)
-        return found
+        if os.environ.pop("LISTEN_PID", "") == str(os.getpid()):
+            names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+            count = int(os.environ.pop("LISTEN_FDS", "0"))
+            self._kept = dict(zip(names, range(_FIRST, _FIRST + count), strict=False))
+            for descriptor in self._kept.values():
+                os.set_inheritable(descriptor, False)
+        return dict(self._kept)
 
 
 class Holder:
@@ -82,7 +87,8 @@ class Holder:
 
     def __init__(self, address: Path) -> None:
         self._address = address
-        self._watched: socket.socket | None = None
+        self._watched: dict[str, socket.socket] = {}
+        self._kept: dict[str, int] | None = None
 
     def keep(self, name: str, descriptor: int) -> None:
         connection = self._connect() or self._start()
@@ -90,8 +96,8 @@ class Holder:
             self._ask(connection, b"K" + name.encode(), descriptor)
 
     def forget(self, name: str) -> None:
-        if self._watched is not None:
-            self._watched.close()
+        if name in self._watched:
+            self._watched.pop(name).close()
         connection = self._connect()
         if connection is not None:
             with connection:
@@ -107,9 +113,14 @@ class Holder:
             log.info("%s", error)
             connection.close()
         else:
-            self._watched = connection
+            self._watched[name] = connection
 
     def kept(self) -> dict[str, int]:
+        if self._kept is None:
+            self._kept = self._ask_for_kept()
+        return dict(self._kept)
+
+    def _ask_for_kept(self) -> dict[str, int]:
         connection = self._connect()
         if connection is None:
             return {}

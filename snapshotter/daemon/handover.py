@@ -17,6 +17,7 @@ import trio
 from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.leftovers import detach_dead_mounts
 from snapshotter.daemon.server import listen
+from snapshotter.fuse.dying import is_dying, let_go
 from snapshotter.fuse.handshake import RESEND
 from snapshotter.fuse.session import Connection, close_mount, open_mount
 from snapshotter.mounts.table import mount_at
@@ -133,6 +134,20 @@ class Inheritance:
             return
         self._store.forget(_CONTAINERD)
         address.unlink(missing_ok=True)
+
+
+def let_go_of_dying(pid: int, store: DescriptorStore) -> bool:
+    """See to it that a predecessor which was killed can end, and its locks with it.
+
+    Tells whether it was. Its sockets are still there then, so that one can connect to them.
+    """
+    if not is_dying(pid):
+        return False
+    device = store.kept().get(_FUSE)
+    if device is not None:
+        os.set_blocking(device, False)
+        let_go(device, pid)
+    return True
 
 
 def _is_kept_elsewhere(mount: Path) -> bool:

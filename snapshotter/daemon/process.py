@@ -21,9 +21,9 @@ from snapshotter.daemon import client, notify, protocol
 from snapshotter.daemon.containerd import serve_containerd
 from snapshotter.daemon.descriptors import descriptor_store
 from snapshotter.daemon.errors import DaemonError
-from snapshotter.daemon.handover import Inheritance
+from snapshotter.daemon.handover import Inheritance, let_go_of_dying
 from snapshotter.daemon.images import Images
-from snapshotter.daemon.places import Places, locked
+from snapshotter.daemon.places import Places, locked, locked_by
 from snapshotter.daemon.records import Records
 from snapshotter.daemon.server import Connections, listen
 from snapshotter.daemon.service import Service
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from snapshotter.daemon.config import Config
+    from snapshotter.daemon.descriptors import DescriptorStore
     from snapshotter.fuse.session import Connection
 
 log = logging.getLogger(__name__)
@@ -90,11 +91,10 @@ async def run(
     with ExitStack() as held:
         if replace:
             await client.ask(places, protocol.HandOverRequest(), start=None)
-        await _take_lock(places, held)
+        kept = descriptor_store(places.state)
+        await _take_lock(places, held, kept)
         records = Records(places.records)
-        inheritance = await trio.to_thread.run_sync(
-            lambda: Inheritance(places, descriptor_store(places.state), records)
-        )
+        inheritance = await trio.to_thread.run_sync(Inheritance, places, kept, records)
         connection, resumed = await trio.to_thread.run_sync(inheritance.mount)
         stop = Stop()
         stop.leaves = resumed  # if this start fails, somebody else may do better
@@ -277,7 +277,7 @@ async def _stop_unless_used(connections: Connections, service: Service, stop: St
         stop.take_down()
 
 
-async def _take_lock(places: Places, held: ExitStack) -> None:
+async def _take_lock(places: Places, held: ExitStack, kept: DescriptorStore) -> None:
     """Hold the state directory's lock until `held` ends. Raises DaemonError."""
     with trio.move_on_after(_LOCK_SECONDS):
         while True:
@@ -286,7 +286,9 @@ async def _take_lock(places: Places, held: ExitStack) -> None:
                 held.push(attempt)
                 return
             attempt.close()
-            if await _answers(places):
+            pid = locked_by(places.daemon_lock)
+            dying = await trio.to_thread.run_sync(let_go_of_dying, pid, kept)
+            if not dying and await _answers(places):
                 break
             await trio.sleep(_LOCK_POLL_SECONDS)
     raise DaemonError(

@@ -19,7 +19,7 @@ from snapshotter.mounts import syscalls
 from snapshotter.mounts.table import MountEntry, read_mounts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 WAIT_SECONDS = 30
 POLL_SECONDS = 0.02
@@ -112,20 +112,24 @@ class Instance:
     def start(self, *options: str) -> subprocess.Popen[bytes]:
         """A daemon in the foreground that answers already."""
         process = self.launch(*options)
-        wait_until(lambda: process.poll() is not None or self._answers(process))
+        wait_until(lambda: process.poll() is not None or self.answers(process))
         return process
 
-    def launch(self, *options: str) -> subprocess.Popen[bytes]:
-        """As `start`, but it has only begun."""
+    def launch(
+        self, *options: str, python: Sequence[str] = ("-m", "snapshotter.cli.main")
+    ) -> subprocess.Popen[bytes]:
+        """As `start`, but it has only begun. `python` is another program to run it with."""
         self.state.mkdir(mode=0o700, exist_ok=True)
         with (self.state / "daemon.log").open("ab") as log:
             process = subprocess.Popen(
-                self.command("daemon", *options), stdout=subprocess.DEVNULL, stderr=log
+                [sys.executable, *python, *self.command("daemon", *options)[3:]],
+                stdout=subprocess.DEVNULL,
+                stderr=log,
             )
         self._foreground.append(process)
         return process
 
-    def _answers(self, process: subprocess.Popen[bytes]) -> bool:
+    def answers(self, process: subprocess.Popen[bytes]) -> bool:
         """Whether it greets at the control socket. (`firstbyte status` takes 0.2 s of a core.)"""
         with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
             connection.settimeout(WAIT_SECONDS)

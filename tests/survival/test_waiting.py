@@ -123,8 +123,7 @@ def test_the_first_daemon_may_die_before_it_has_spoken_to_the_kernel(
 ) -> None:
     """The kernel says once what it can do, and nobody answers it when the next daemon starts."""
     daemon = here.launch()
-    holder = Holder(here.state / "holder.sock")
-    while not (kept := holder.kept()):
+    while not (kept := Holder(here.state / "holder.sock").kept()):
         time.sleep(0.001)
     killed(here, daemon)
     os.close(kept["fuse"])
@@ -167,6 +166,44 @@ def test_what_a_service_manager_keeps_is_for_its_own_daemon(here: Instance, imag
     for target in targets:
         assert _sum(target / "big") == SUM
         here.succeed("umount", target)
+
+
+READS_ITSELF = """
+import mmap, os, sys, threading, time
+
+def read(path):
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    os.readv(descriptor, [mmap.mmap(-1, 1 << 16)])
+
+threading.Thread(target=read, args=(sys.argv.pop(1),), daemon=True).start()
+from snapshotter.cli.main import main
+main()
+"""
+
+
+def test_a_daemon_that_waits_for_itself_when_it_is_killed_does_not_hold_up_the_next(
+    here: Instance, images: Images
+) -> None:
+    """Its process stays until somebody answers what one of its own threads has asked."""
+    target = here.directory("fuse")
+    daemon = here.launch(python=("-c", READS_ITSELF, str(target / "big")))
+    wait_until(lambda: here.answers(daemon))
+    with images.way.held_at(RANGES):
+        here.succeed("mount", images.one, target, "--mode", "fuse")
+        wait_until(lambda: _is_in_kernel(daemon.pid, "fuse_direct_IO"))
+        daemon.kill()
+        here.start()
+    daemon.wait(30)
+    assert _sum(target / "big") == SUM
+    here.succeed("umount", target)
+
+
+def _is_in_kernel(pid: int, place: str) -> bool:
+    """Whether one of a process's threads is there."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return any(place in (task / "stack").read_text() for task in tasks)
 
 
 def _mount(here: Instance, images: Images) -> Sequence[Path]:
