@@ -11,8 +11,9 @@ its file system: it is done in a process of its own, at the lowest priority.
 from __future__ import annotations
 
 import mmap
-import subprocess
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,10 +44,13 @@ async def prove_tree(index_path: Path, raw_paths: Sequence[Path], name: str) -> 
     # Nice from its start, because its imports take half a second of a core that containers want.
     command = ["nice", "-n", "19", sys.executable, "-m", __name__, str(index_path)]
     command += map(str, raw_paths)
+    readable, ours = os.pipe()
     with trio.move_on_after(_WITHIN):
-        done = await trio.run_process(
-            command, stdin=subprocess.DEVNULL, capture_stderr=True, check=False
-        )
+        try:
+            done = await trio.run_process(command, stdin=readable, capture_stderr=True, check=False)
+        finally:
+            os.close(readable)
+            os.close(ours)
         if done.returncode == _DIFFERS:
             raise IntegrityError(
                 f"the tree of {name} is not what its file index says",
@@ -95,5 +99,16 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if same else _DIFFERS
 
 
+def _end_with_parent() -> None:
+    """Standard input is a pipe that the daemon holds: when it is killed, nobody wants the proof."""
+
+    def wait() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":
+    _end_with_parent()
     sys.exit(main(sys.argv[1:]))
