@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
-KILLS = int(os.environ.get("FIRSTBYTE_KILLS", "25"))
+KILLS = int(os.environ.get("FIRSTBYTE_KILLS", "10"))
 """In each test; the environment variable is for those who want more."""
 
 BIG = 24 << 20

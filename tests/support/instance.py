@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 WAIT_SECONDS = 30
 POLL_SECONDS = 0.02
 
+_PROGRAM = (sys.executable, "-m", "snapshotter.cli.main")
+
 
 def firstbyte(*arguments: str | Path) -> str:
     """What a command that uses no node's state prints; it must succeed."""
     done = subprocess.run(
-        [sys.executable, "-m", "snapshotter.cli.main", *map(str, arguments)],
+        [*_PROGRAM, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,
@@ -54,7 +56,7 @@ class Instance:
         """The command line; options for the instance go last."""
         words = [str(argument) for argument in arguments]
         places = ["--root", str(self.root), "--state", str(self.state)]
-        return [sys.executable, "-m", "snapshotter.cli.main", *words, *places]
+        return [*_PROGRAM, *words, *places]
 
     def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -115,14 +117,12 @@ class Instance:
         wait_until(lambda: process.poll() is not None or self.answers(process))
         return process
 
-    def launch(
-        self, *options: str, python: Sequence[str] = ("-m", "snapshotter.cli.main")
-    ) -> subprocess.Popen[bytes]:
-        """As `start`, but it has only begun. `python` is another program to run it with."""
+    def launch(self, *options: str, program: Sequence[str] = _PROGRAM) -> subprocess.Popen[bytes]:
+        """As `start`, but it has only begun. `program` is another one to run."""
         self.state.mkdir(mode=0o700, exist_ok=True)
         with (self.state / "daemon.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, *python, *self.command("daemon", *options)[3:]],
+                [*program, *self.command("daemon", *options)[len(_PROGRAM) :]],
                 stdout=subprocess.DEVNULL,
                 stderr=log,
             )

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -188,7 +189,7 @@ def test_a_daemon_that_waits_for_itself_when_it_is_killed_does_not_hold_up_the_n
 ) -> None:
     """Its process stays until somebody answers what one of its own threads has asked."""
     target = here.directory("fuse")
-    daemon = here.launch(python=("-c", READS_ITSELF, str(target / "big")))
+    daemon = here.launch(program=(sys.executable, "-c", READS_ITSELF, str(target / "big")))
     wait_until(lambda: here.answers(daemon))
     with images.way.held_at(RANGES):
         here.succeed("mount", images.one, target, "--mode", "fuse")
