@@ -54,7 +54,11 @@ FRAME_CHUNKS = 8
 so frames need only be small enough to begin anew after damage."""
 
 MAX_FRAME_CHUNKS = 64
-LEVEL = 15
+
+LEVEL = 17
+"""122 MB of Debian's libraries and Python in frames of 2 MiB: 30.8 MB at level 17 (0.43 s of a core
+for each MB), 32.6 at 15 (0.22 s), 32.7 at 12 (0.08 s). A pack is made once, and every node fetches
+it."""
 
 _MAX_TABLES = _HEADER.size + MAX_CHUNKS * (_FRAME.size + _CHUNK.size) + _CHECKSUM.size
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import trio
 
 from index.errors import FirstByteError, IntegrityError
-from snapshotter.images.discovery import FoundIndex, Trust
+from snapshotter.images.discovery import Trust
 from snapshotter.images.proof import prove_tree
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Completion:
                 log.warning("%s", error)
                 image.fill.problem = str(error)
                 return
-            image.found = FoundIndex(image.found.index, Trust.LOCAL)
+            image.found = replace(image.found, trust=Trust.LOCAL)
             await self.keep(image)
         image.local = True
         log.info("all of %s is on this node", image.view.reference)

@@ -9,6 +9,7 @@ lies about its layers is shown where no honest one is.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -23,7 +24,7 @@ from snapshotter.daemon.protocol import Progress
 from snapshotter.daemon.records import ViewRecord
 from snapshotter.daemon.showing import Showing
 from snapshotter.daemon.spool import Spool
-from snapshotter.daemon.startups import Startups
+from snapshotter.daemon.startups import Expected, Startups
 from snapshotter.fetch.fill import ImageFill
 from snapshotter.fetch.layer import LazyLayer
 from snapshotter.fetch.source import ImageLayerSource
@@ -83,7 +84,7 @@ class Images:
         self._knowledge = Knowledge(places.root)
         self._showing = Showing(places, views, records, write_tree=self._knowledge.tree_of)
         self._completion = Completion(self._knowledge, self._showing)
-        self._startups = Startups(places.root, scheduler)
+        self._startups = Startups(places.root, scheduler, nursery, trusted=trusted)
         self._open: dict[tuple[bytes, bool], OpenImage] = {}  # index digest, whether all layers
         self._opening: WeakValueDictionary[object, trio.Lock] = WeakValueDictionary()
 
@@ -149,19 +150,28 @@ class Images:
                 image.users += 1
                 return image, resolved
             spool = Spool(self._root)
+            expected = Expected(self._startups, source)
             try:
                 if index is not None:
                     found = await self._given(resolved, index)
                 else:
                     found = await self._knowledge.index_of(resolved) or await self._find(
-                        source, resolved, spool, report, may_build=may_build
+                        source, resolved, spool, expected, report, may_build=may_build
                     )
                 image = await self._share(
-                    resolved, source, found, spool, plain_http=plain_http, starts=True
+                    resolved,
+                    source,
+                    found,
+                    spool,
+                    plain_http=plain_http,
+                    starts=True,
+                    expected=expected,
                 )
             except BaseException:
                 spool.close()
                 raise
+            finally:
+                expected.close()
             return image, resolved
 
     async def acquire_lower(self, digest: str, depth: int) -> OpenImage:
@@ -334,10 +344,11 @@ class Images:
         plain_http: bool,
         fill: bool = True,
         starts: bool = False,
+        expected: Expected | None = None,
     ) -> OpenImage:
         """The open image of an index, opened if it is not. Owns the spool from then on.
 
-        `starts` tells that its next reads are those of a start.
+        `starts` tells that its next reads are those of a start, for which packs are `expected`.
         """
         index = found.index
         whole = len(index.layers) == len(resolved.manifest.layers)
@@ -354,7 +365,9 @@ class Images:
                 if fill:
                     self._nursery.start_soon(self._completion.run, image, spool)
                 if fill and whole:
-                    self._nursery.start_soon(self._startups.run, image, recorder)
+                    pack = expected.claim(found) if expected is not None else None
+                    # A spool that was not poured yet has all that could be brought.
+                    self._startups.begin(image, recorder, pack, replay=spool.empty)
                 return image
             image.users += 1
         spool.close()
@@ -442,12 +455,13 @@ class Images:
         source: ImageSource,
         resolved: ResolvedImage,
         spool: Spool,
+        expected: Expected,
         report: Callable[[Progress], None],
         *,
         may_build: bool,
     ) -> FoundIndex:
         """The index from the registry, or one that is built here by reading every layer."""
-        found = await find_index(source, resolved, self._trusted)
+        found = await find_index(source, resolved, self._trusted, on_pack=expected.expect)
         if found is None:
             if not may_build:
                 raise NoIndexError(f"{resolved.name} has no file index that can be used")
@@ -462,4 +476,4 @@ class Images:
                 on_raw=spool.writer,
             )
             found = FoundIndex(index, Trust.LOCAL)
-        return FoundIndex(await self._knowledge.keep_index(found.index), found.trust)
+        return replace(found, index=await self._knowledge.keep_index(found.index))

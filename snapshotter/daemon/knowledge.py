@@ -10,11 +10,11 @@ import trio
 
 from index.errors import FirstByteError, IntegrityError
 from index.file import FileIndex
-from snapshotter.images.artifact import check_belongs
+from snapshotter.images.artifact import PACK_TYPE, check_belongs
 from snapshotter.images.discovery import FoundIndex, Trust
 from snapshotter.registry.image import ResolvedImage
 from snapshotter.registry.layout import PREFIX
-from snapshotter.registry.manifest import Manifest, check_image, parse, parse_config
+from snapshotter.registry.manifest import Descriptor, Manifest, check_image, parse, parse_config
 from snapshotter.registry.reference import Reference
 from snapshotter.store.errors import StoreError
 from snapshotter.store.images import ImageRecord, ImageStore
@@ -80,7 +80,7 @@ class Knowledge:
             index = await trio.to_thread.run_sync(self._open, record.index_digest)
             if index is not None:
                 check_belongs(index, image)
-                return FoundIndex(index, Trust(record.trust))
+                return FoundIndex(index, Trust(record.trust), _pack_of(record))
         except (FirstByteError, ValueError) as error:
             log.warning("the file index of %s on this node is not used: %s", image.name, error)
         return None
@@ -106,6 +106,8 @@ class Knowledge:
             index_digest=found.index.digest,
             trust=found.trust.value,
             content_keys=[table.content_key for table in found.index.layers],
+            pack=found.pack.digest if found.pack is not None else "",
+            pack_size=found.pack.size if found.pack is not None else 0,
         )
         known = await trio.to_thread.run_sync(self._records.get, image.descriptor.digest)
         if known is not None and known.index_digest == record.index_digest:
@@ -216,6 +218,12 @@ class Knowledge:
         if index.digest != digest:
             raise IntegrityError(f"{path} holds another index than its name says")
         return index
+
+
+def _pack_of(record: ImageRecord) -> Descriptor | None:
+    if not record.pack:
+        return None
+    return Descriptor(media_type=PACK_TYPE, digest=record.pack, size=record.pack_size)
 
 
 def _resolved(record: ImageRecord) -> ResolvedImage | None:

@@ -33,6 +33,11 @@ class Spool:
         self._folder = folder
         self._files: dict[int, int] = {}
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing waits to be poured."""
+        return not self._files
+
     def writer(self, layer: int) -> Callable[[bytes], None]:
         """What takes a layer's raw space, in order, in any one thread at a time."""
         self._files[layer] = os.open(self._folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)

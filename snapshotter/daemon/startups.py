@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
 from index.errors import FirstByteError
 from index.profile import Profile
+from snapshotter.fetch.pack import PackDelivery
+from snapshotter.fetch.source import ImagePackSource
+from snapshotter.images.discovery import Trust, find_pack
 from snapshotter.registry.chain import chain_ids
 from snapshotter.store.profiles import ProfileStore
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from snapshotter.daemon.open_image import OpenImage
     from snapshotter.fetch.scheduler import Scheduler
     from snapshotter.fetch.startup import StartupRecorder
+    from snapshotter.images.discovery import FoundIndex
+    from snapshotter.registry.image import ImageSource
+    from snapshotter.registry.manifest import Descriptor
 
 log = logging.getLogger(__name__)
 
@@ -25,41 +34,108 @@ log = logging.getLogger(__name__)
 class Startups:
     """For all images of the daemon, and the trio thread."""
 
-    def __init__(self, root: Path, scheduler: Scheduler) -> None:
-        """Raises StoreError."""
+    def __init__(
+        self,
+        root: Path,
+        scheduler: Scheduler,
+        nursery: trio.Nursery,
+        *,
+        trusted: Collection[Trust],
+    ) -> None:
+        """Packs are `trusted` as indexes are. Work that goes on after an image is open runs in
+        `nursery`. Raises StoreError.
+        """
         self._profiles = ProfileStore(root)
+        self._trusted = trusted
         self._scheduler = scheduler
+        self._nursery = nursery
 
-    async def run(self, image: OpenImage, recorder: StartupRecorder | None) -> None:
-        """Help an image that was opened to start, until it has, or until it is closed."""
-        chains = chain_ids(image.resolved.config.rootfs.diff_ids)
-        if not chains:
+    def expect(self, source: ImageSource, pack: Descriptor) -> PackDelivery:
+        """Ask for the startup pack of an image that is only being opened."""
+        delivery = PackDelivery(ImagePackSource(source, pack), self._scheduler)
+        delivery.start(self._nursery)
+        return delivery
+
+    def begin(
+        self,
+        image: OpenImage,
+        recorder: StartupRecorder | None,
+        expected: PackDelivery | None,
+        *,
+        replay: bool,
+    ) -> None:
+        """Help an image that is open now to start, until it has, or until it is closed.
+
+        `expected` is its startup pack if that is on its way. Nothing is brought without `replay`.
+        """
+        replay = replay and not image.local and bool(image.layers)
+        if expected is not None and not replay:
+            expected.close()
+        if not image.layers:
             return
+        self._nursery.start_soon(self._run, image, recorder, expected, replay)
+
+    async def _run(
+        self,
+        image: OpenImage,
+        recorder: StartupRecorder | None,
+        expected: PackDelivery | None,
+        replay: bool,
+    ) -> None:
         try:
             with image.starting:
-                await self._replay(image, chains[-1])
-                if recorder is not None:
-                    await recorder.settled()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(partial(self._help, image, expected, replay=replay))
+                    if recorder is not None:
+                        await recorder.settled()
+                        await self._keep(image, recorder)
         finally:
-            if recorder is not None:
-                recorder.stop()
+            if recorder is not None and not recorder.stopped:  # it was closed before it settled
                 with trio.CancelScope(shield=True):
-                    await self._keep(image, chains[-1], recorder)
+                    await self._keep(image, recorder)
 
-    async def _replay(self, image: OpenImage, chain_id: str) -> None:
-        """Ask for what earlier starts on this node touched."""
-        if image.local:
+    async def _help(self, image: OpenImage, expected: PackDelivery | None, *, replay: bool) -> None:
+        """Bring the startup pack, then what starts on this node touched and the pack has not."""
+        if replay:
+            await self._deliver(image, expected or await self._delivery(image))
+        profile = await trio.to_thread.run_sync(self._profiles.get, _chain_id(image))
+        if profile is None or not _keep_longest(image, profile):
             return
-        profile = await trio.to_thread.run_sync(self._profiles.get, chain_id)
-        tables = [layer.table for layer in image.layers]
-        if profile is None or [table.diff_id for table in tables] != [*profile.diff_ids]:
-            return
-        known = [touch for touch in profile.likely if touch.chunk < tables[touch.layer].chunk_count]
-        self._scheduler.replay((image.layers[touch.layer].origin, touch.chunk) for touch in known)
-        log.info("%s: asked for %d chunks of earlier starts", image.view.reference, len(known))
+        if replay:
+            origins = [layer.origin for layer in image.layers]
+            self._scheduler.replay((origins[t.layer], t.chunk) for t in profile.likely)
 
-    async def _keep(self, image: OpenImage, chain_id: str, recorder: StartupRecorder) -> None:
+    async def _deliver(self, image: OpenImage, delivery: PackDelivery | None) -> None:
+        """An image starts without a pack as well."""
+        if delivery is None:
+            return
+        name = image.view.reference
+        try:
+            origins = [layer.origin for layer in image.layers]
+            await delivery.deliver(image.found.index.digest, origins)
+            log.info("%s: its startup pack is here", name)
+        except FirstByteError as error:
+            log.warning("%s starts without all of its startup pack: %s", name, error)
+        except Exception:
+            log.exception("the startup pack of %s failed in an unforeseen way", name)
+
+    async def _delivery(self, image: OpenImage) -> PackDelivery | None:
+        """The startup pack of an image whose index was not found with one just now."""
+        found = image.found
+        if (
+            found.pack is None
+            and found.trust is Trust.ANNOTATION
+            and Trust.REFERRER in self._trusted
+        ):
+            pack = await find_pack(image.source, image.resolved, found.index.digest)
+            found = image.found = replace(image.found, pack=pack)
+        if found.pack is None:
+            return None
+        return PackDelivery(ImagePackSource(image.source, found.pack), self._scheduler)
+
+    async def _keep(self, image: OpenImage, recorder: StartupRecorder) -> None:
         """Add a run to the image's profile. An image is served whether this works or not."""
+        recorder.stop()
         if not recorder.touches:
             return
         run = Profile(
@@ -68,8 +144,50 @@ class Startups:
             name=image.view.reference,
         )
         try:
-            await trio.to_thread.run_sync(self._profiles.add, chain_id, run)
+            merged = await trio.to_thread.run_sync(self._profiles.add, _chain_id(image), run)
         except FirstByteError as error:
             log.warning("the startup profile of %s is not kept: %s", image.view.reference, error)
             return
+        _keep_longest(image, merged)
         log.info("%s: its start touched %d chunks", image.view.reference, len(recorder.touches))
+
+
+def _chain_id(image: OpenImage) -> str:
+    """Of all layers of an image, which has some."""
+    return chain_ids(image.resolved.config.rootfs.diff_ids)[-1]
+
+
+def _keep_longest(image: OpenImage, profile: Profile) -> bool:
+    """Have what starts need evicted last. False if the profile is not of this image."""
+    tables = [layer.table for layer in image.layers]
+    if [table.diff_id for table in tables] != [*profile.diff_ids]:
+        return False
+    likely = profile.likely
+    if any(touch.chunk >= tables[touch.layer].chunk_count for touch in likely):
+        return False
+    for number, layer in enumerate(image.layers):
+        layer.stored.start_chunks |= {t.chunk for t in likely if t.layer == number}
+    return True
+
+
+class Expected:
+    """The startup packs that are on their way while an image is being opened."""
+
+    def __init__(self, startups: Startups, source: ImageSource) -> None:
+        self._startups = startups
+        self._source = source
+        self._deliveries: dict[str, PackDelivery] = {}
+
+    def expect(self, pack: Descriptor) -> None:
+        """Ask for a pack; it may turn out to be of an index that is not used."""
+        if pack.digest not in self._deliveries:
+            self._deliveries[pack.digest] = self._startups.expect(self._source, pack)
+
+    def claim(self, found: FoundIndex) -> PackDelivery | None:
+        """The pack that goes with an index, if it is on its way."""
+        return None if found.pack is None else self._deliveries.pop(found.pack.digest, None)
+
+    def close(self) -> None:
+        """Ask no more for packs that nobody has claimed."""
+        for delivery in self._deliveries.values():
+            delivery.close()

@@ -124,6 +124,11 @@ class Run:
         """
         return self.origin.table.span(chunk, chunk).start - self.position
 
+    def leave(self, chunk: int) -> list[Want]:
+        """This chunk and all after it, which somebody else will bring sooner."""
+        self.stop_before(chunk)
+        return [want for number, want in self.wants.items() if number >= chunk]
+
     def stop_before(self, chunk: int) -> None:
         """Leave this chunk and all after it to others."""
         self.last_chunk = min(self.last_chunk, chunk - 1)

@@ -31,8 +31,11 @@ from snapshotter.fetch.wants import MOST_URGENT_FIRST, Priority, Waiter, Want, W
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping
 
+    from snapshotter.fetch.pacing import Exchange
     from snapshotter.fetch.run import Run
     from snapshotter.fetch.source import Origin
+    from snapshotter.fetch.wants import LayerWants
+    from snapshotter.store.errors import StoreError
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +151,27 @@ class Scheduler:
         for origin, chunk in touches:
             self.advise(origin, (chunk,), Priority.STARTUP)
 
+    def land(self, layer: LayerWants, chunk: int, data: bytes, problem: StoreError | None) -> None:
+        """A chunk has come in a startup pack, verified; stored, too, unless there is a problem."""
+        want = layer.wants.get(chunk)
+        if want is not None:
+            self.wants.arrive(want, data, problem)
+            self._transfer.notice()
+
+    def requeue(self, wants: Iterable[Want]) -> None:
+        """What a startup pack was to bring is to be fetched from its layer."""
+        for want in wants:
+            self.wants.give_back(want)
+        self._wake()
+
+    def begin_exchange(self, site: str, size: int) -> Exchange:
+        """A request of `size` bytes that is not of a run: fill leaves the link to it, too."""
+        return self._transfer.pacing(site).begin(trio.current_time(), size)
+
+    def notice(self) -> None:
+        """Call when less of such a request is outstanding."""
+        self._transfer.notice()
+
     def detach(self, origin: Origin) -> None:
         """An image goes away: its readers get FetchError, runs that use its source end.
 
@@ -215,9 +239,8 @@ class Scheduler:
             if not blocked:
                 return
             if run.ahead(want.chunk) > self._transfer.near(run):
-                for chunk in [chunk for chunk in run.wants if chunk >= want.chunk]:
-                    self.wants.give_back(run.wants[chunk])
-                run.stop_before(want.chunk)
+                for left in run.leave(want.chunk):
+                    self.wants.give_back(left)
             else:
                 self._transfer.nudge(run)
             return

@@ -37,6 +37,49 @@ class BlobSource(Protocol):
         """The 32 KiB of raw space before a seek point, if decoding from it needs them."""
 
 
+class PackSource(Protocol):
+    """A startup pack, to be read in ranges. `str` names it for people."""
+
+    @property
+    def site(self) -> str:
+        """As of a BlobSource."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of it."""
+
+    def open_range(self, start: int, end: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """As of a BlobSource, but what is raised is a RegistryError."""
+
+    def doubt(self) -> None:
+        """As of a BlobSource."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePackSource:
+    """The startup pack of an image in a registry or a layout."""
+
+    image: ImageSource
+    descriptor: Descriptor
+
+    @property
+    def site(self) -> str:
+        return self.image.name.partition("/")[0]
+
+    @property
+    def size(self) -> int:
+        return self.descriptor.size
+
+    def open_range(self, start: int, end: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        return self.image.open_range(self.descriptor, start, end)
+
+    def doubt(self) -> None:
+        self.image.doubt(self.descriptor)
+
+    def __str__(self) -> str:
+        return f"the startup pack {self.descriptor.digest} of {self.image.name}"
+
+
 @dataclass(frozen=True, slots=True)
 class ImageLayerSource:
     """A layer of an image in a registry or a layout, with the windows of its file index."""

@@ -29,11 +29,11 @@ class StartupRecorder:
         self._seen: set[tuple[int, int]] = set()
         self._began = trio.Event()
         self._first = self._latest = math.inf
-        self._over = False
+        self.stopped = False
 
     def touch(self, layer: int, first: int, last: int) -> None:
         """Chunks `first` ... `last` are being read."""
-        if self._over:
+        if self.stopped:
             return
         for chunk in range(first, last + 1):
             if (layer, chunk) in self._seen or len(self.touches) >= MAX_TOUCHES:
@@ -56,5 +56,5 @@ class StartupRecorder:
 
     def stop(self) -> None:
         """Record nothing more."""
-        self._over = True
+        self.stopped = True
         self._seen.clear()

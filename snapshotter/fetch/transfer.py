@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from snapshotter.fetch.pacing import Exchange
     from snapshotter.fetch.run import Arrival, Run
     from snapshotter.fetch.stats import FetchStats
-    from snapshotter.fetch.wants import Want, WantTable
+    from snapshotter.fetch.wants import Carrier, Want, WantTable
 
 log = logging.getLogger(__name__)
 
@@ -99,12 +99,16 @@ class Transfer:
         """Requests of fill that are worth making side by side."""
         return max((pacing.fan for pacing in self._pacings.values()), default=FIRST_FAN)
 
-    def near(self, run: Run) -> int:
+    def near(self, run: Carrier) -> int:
         """Compressed bytes that come sooner in a run that is in flight than with a request."""
         return max(self._pacing(run).holds, NEAR)
 
-    def _pacing(self, run: Run) -> Pacing:
-        return self._pacings.setdefault(run.origin.source.site, Pacing())
+    def pacing(self, site: str) -> Pacing:
+        """What is known of the way to one registry."""
+        return self._pacings.setdefault(site, Pacing())
+
+    def _pacing(self, run: Carrier) -> Pacing:
+        return self.pacing(run.origin.source.site)
 
     @property
     def _mood(self) -> Mood:
@@ -120,7 +124,7 @@ class Transfer:
         ):
             self._paused.unpark_all()
 
-    def nudge(self, run: Run) -> None:
+    def nudge(self, run: Carrier) -> None:
         """Somebody is blocked on a chunk of this run now: neither pause nor back off."""
         run.nudged = True
         self._paused.unpark_all()

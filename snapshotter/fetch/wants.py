@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
 if TYPE_CHECKING:
     from index.errors import FirstByteError
-    from snapshotter.fetch.run import Run
     from snapshotter.fetch.source import Origin
     from snapshotter.store.errors import StoreError
 
@@ -40,6 +39,34 @@ class Priority(enum.IntEnum):
     """Comes next for somebody who reads on and on."""
     BLOCKED = 3
     """Somebody waits for it now."""
+
+
+class Carrier(Protocol):
+    """What brings chunks of one layer: a run of its own, or a lane of a startup pack.
+
+    `urgencies` counts its wants by priority. `scope` may be cancelled when nobody wants anything of
+    it any more; `progressed_at` is when bytes came last, in trio's time.
+    """
+
+    origin: Origin
+    wants: dict[int, Want]
+    urgencies: list[int]
+    scope: trio.CancelScope
+    nudged: bool
+
+    @property
+    def progressed_at(self) -> float: ...
+    @property
+    def expensive_to_leave(self) -> bool: ...
+
+    def covers(self, chunk: int) -> bool:
+        """Whether it will bring a chunk."""
+
+    def ahead(self, chunk: int) -> float:
+        """Bytes that come before a run made for this chunk alone would have to begin."""
+
+    def leave(self, chunk: int) -> list[Want]:
+        """The wants that are better given back, so that somebody else brings this chunk soon."""
 
 
 MOST_URGENT_FIRST = tuple(reversed(Priority))
@@ -85,7 +112,7 @@ class Want:
         self.priority: Priority | None = None
         self.advice: tuple[Priority, Origin] | None = None
         self.waiters: list[Waiter] = []
-        self.run: Run | None = None
+        self.run: Carrier | None = None
         self.refetched = False
         self.avoid: Origin | None = None
 
@@ -115,7 +142,7 @@ class LayerWants:
     def __init__(self, key: bytes) -> None:
         self.key = key
         self.wants: dict[int, Want] = {}
-        self.runs: list[Run] = []
+        self.runs: list[Carrier] = []
 
 
 class WantTable:
@@ -166,7 +193,7 @@ class WantTable:
             self._update(want)
         return want
 
-    def take(self, want: Want, run: Run) -> None:
+    def take(self, want: Want, run: Carrier) -> None:
         """Wanted to in flight."""
         assert want.run is None
         assert want.priority is not None
@@ -223,7 +250,7 @@ class WantTable:
             want.refetched = False
             self.give_back(want)
 
-    def hand_over(self, run: Run) -> bool:
+    def hand_over(self, run: Carrier) -> bool:
         """Let the sources of other images bring what this run was to bring, if any wants it."""
         origin = run.origin
         wants = list(run.wants.values())
@@ -234,7 +261,7 @@ class WantTable:
             self.give_back(want)
         return True
 
-    def leave(self, waiter: Waiter) -> list[Run]:
+    def leave(self, waiter: Waiter) -> list[Carrier]:
         """`waiter` waits no more. What nobody else wants is absent again.
 
         Returns the runs that have nothing left to do.

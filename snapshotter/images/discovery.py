@@ -14,6 +14,7 @@ from index.errors import FirstByteError, IntegrityError
 from index.file import FileIndex
 from snapshotter.images.artifact import (
     ARTIFACT_TYPE,
+    DIGEST_ANNOTATION,
     LAYER_ANNOTATION,
     PACKED_ANNOTATION,
     blobs_of,
@@ -82,6 +83,26 @@ async def find_index(
         found = await _try_artifact(source, image, artifact, on_pack)
         if found is not None:
             return found
+    return None
+
+
+async def find_pack(
+    source: ImageSource, image: ResolvedImage, index_digest: bytes
+) -> Descriptor | None:
+    """The newest startup pack among the referrers of an image that pins its index.
+
+    None too if the registry cannot be asked: it is logged.
+    """
+    wanted = f"sha256:{index_digest.hex()}"
+    try:
+        artifacts = await source.referrers(image.descriptor.digest, ARTIFACT_TYPE)
+        packed = [one for one in artifacts if _packed_at(one)]
+        for artifact in sorted(packed, key=_packed_at, reverse=True):
+            if artifact.annotation(DIGEST_ANNOTATION) == wanted:
+                manifest = await source.fetch_manifest(artifact)
+                return blobs_of(manifest)[1] if isinstance(manifest, Manifest) else None
+    except FirstByteError as error:
+        log.warning("cannot ask for the startup pack of %s: %s", image.name, error)
     return None
 
 

@@ -31,8 +31,9 @@ class ImageRecord(msgspec.Struct, frozen=True):
     `manifest_digest` is in OCI's form (sha256:...) and is that of the bytes in `manifest`;
     `config` is the configuration blob as it came. `index_digest` is the file index's, 32 bytes.
     `trust` says where that came from: `annotation`, `referrer` or `local`. `content_keys` name the
-    layers in the store. `prefixes` are the digests of file indexes of its lower layers alone, by
-    their number.
+    layers in the store. `pack` is the digest and `pack_size` the size of the startup pack that goes
+    with the index, if there is one. `prefixes` are the digests of file indexes of its lower layers
+    alone, by their number.
     """
 
     reference: str
@@ -43,6 +44,8 @@ class ImageRecord(msgspec.Struct, frozen=True):
     trust: str
     content_keys: list[bytes] = []
     prefixes: dict[int, bytes] = {}
+    pack: str = ""
+    pack_size: int = 0
 
     @property
     def all_indexes(self) -> set[bytes]:

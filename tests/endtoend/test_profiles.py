@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from index.file import FileIndex
 from index.pack import PackDecoder, read_table
 from index.tables import CHUNK_SIZE
-from tests.support.instance import firstbyte, instance
+from tests.support.instance import firstbyte, instance, wait_until
 from tests.support.layouts import write_layout
 from tests.support.registry import skopeo_push
 from tests.support.tars import file, tar
@@ -37,12 +38,28 @@ def content(name: str, seed: int = 0) -> bytes:
 BASE = tar(*(file(name.encode(), content(name)) for name in NAMES))
 
 
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image of one layer."""
+    path = tmp_path_factory.mktemp("image") / "layout"
+    write_layout(path, [BASE])
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared(layout: Path, registry: RunningRegistry) -> str:
+    """The image with its index, for tests that push nothing."""
+    reference = registry.reference("shared")
+    skopeo_push(layout, reference)
+    firstbyte("index", "build", reference, "--push")
+    return reference
+
+
 @pytest.fixture
-def image(tmp_path: Path, registry: RunningRegistry) -> str:
-    """An image of one layer with an index, in a repository of the test's own."""
-    write_layout(tmp_path / "layout", [BASE])
+def image(layout: Path, tmp_path: Path, registry: RunningRegistry) -> str:
+    """The same in a repository of the test's own."""
     reference = registry.reference(tmp_path.name.replace("_", "-"))
-    skopeo_push(tmp_path / "layout", reference)
+    skopeo_push(layout, reference)
     firstbyte("index", "build", reference, "--push")
     return reference
 
@@ -72,18 +89,18 @@ def files_of(profile: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("mode", ["fuse", "auto"])
 def test_a_start_is_recorded_in_the_order_of_its_reads(
-    here: Instance, image: str, mode: str
+    here: Instance, shared: str, mode: str
 ) -> None:
     here.mode = mode
-    start(here, image)
-    profile = shown(here, image)
+    start(here, shared)
+    profile = shown(here, shared)
     assert profile["runs"] == 1
     assert profile["from"] == "recorded on this node"
     read = [name for name in files_of(profile) if name.removeprefix("/") in STARTED]
     assert read == [f"/{name}" for name in STARTED]
     # A file lies in three chunks, and the kernel reads up to 1 MiB ahead of each.
     assert len(profile["touches"]) <= 7 * len(STARTED)
-    table = here.succeed("profile", "show", image)
+    table = here.succeed("profile", "show", shared)
     assert "KiB" in table
     assert "/f7" in table
 
@@ -93,35 +110,35 @@ def forget_data(node: Instance) -> None:
     shutil.rmtree(node.root / "layers")
 
 
-def test_runs_are_merged(here: Instance, image: str) -> None:
-    start(here, image)
+def test_runs_are_merged(here: Instance, shared: str) -> None:
+    start(here, shared)
     forget_data(here)
-    start(here, image, ("f7", "f9"))
-    profile = shown(here, image)
+    start(here, shared, ("f7", "f9"))
+    profile = shown(here, shared)
     assert profile["runs"] == 2
     assert {"/f7", "/f2", "/f5", "/f9"} <= {*files_of(profile)}
     (listed,) = here.succeed("profile", "ls", "--json").splitlines()
-    assert json.loads(listed)["image"] == image
+    assert json.loads(listed)["image"] == shared
 
 
-def test_a_mounted_directory_names_its_image(here: Instance, image: str) -> None:
-    start(here, image)
-    with here.mounted(image) as tree:
-        assert shown(here, tree)["image"] == image
+def test_a_mounted_directory_names_its_image(here: Instance, shared: str) -> None:
+    start(here, shared)
+    with here.mounted(shared) as tree:
+        assert shown(here, tree)["image"] == shared
     assert "this node has no startup profile" in here.fail("profile", "show", here.base)
 
 
-def test_a_profile_is_replayed_from_the_layers(here: Instance, image: str) -> None:
-    start(here, image)
+def test_a_profile_is_replayed_from_the_layers(here: Instance, shared: str) -> None:
+    start(here, shared)
     forget_data(here)
-    with here.mounted(image):
+    with here.mounted(shared):
         fetched = here.status()["fetched"]
     assert fetched["startup"]["requests"] > 0
     assert fetched["blocked"]["requests"] == 0
 
 
 def test_images_that_share_a_layer_each_have_what_their_starts_read(
-    here: Instance, image: str, tmp_path: Path, registry: RunningRegistry
+    here: Instance, shared: str, tmp_path: Path, registry: RunningRegistry
 ) -> None:
     """The kernel reads one flat file for both: its reads are noted for whoever is starting."""
     top = tar(file(b"top", b"small"))
@@ -130,7 +147,7 @@ def test_images_that_share_a_layer_each_have_what_their_starts_read(
     skopeo_push(tmp_path / "other", other)
     firstbyte("index", "build", other, "--push")
     tree = here.directory("first")
-    here.succeed("mount", image, tree)
+    here.succeed("mount", shared, tree)
     start(here, other, ("f3",))
     here.succeed("umount", tree)
     assert "/f3" in files_of(shown(here, other))
@@ -161,10 +178,10 @@ def test_exported_pushed_found_elsewhere_and_forgotten(
 
 
 def test_a_profile_of_another_image_is_not_pushed(
-    here: Instance, image: str, tmp_path: Path, registry: RunningRegistry
+    here: Instance, shared: str, tmp_path: Path, registry: RunningRegistry
 ) -> None:
-    start(here, image)
-    here.succeed("profile", "export", image, "-o", tmp_path / "app.json")
+    start(here, shared)
+    here.succeed("profile", "export", shared, "-o", tmp_path / "app.json")
     write_layout(tmp_path / "other", [tar(file(b"x", b"y"))])
     other = registry.reference(tmp_path.name.replace("_", "-") + "-other")
     skopeo_push(tmp_path / "other", other)
@@ -196,3 +213,54 @@ def test_a_pack_is_made_of_what_a_node_has_recorded_or_nodes_have_pushed(
     decoder = PackDecoder(table.frames, index.layers)
     for (layer, chunk), data in decoder.feed(made[0][table.start :]):
         index.layers[layer].verify(chunk, data)
+
+
+def test_the_next_node_starts_with_one_request_for_all_it_reads(
+    here: Instance, elsewhere: Instance, image: str
+) -> None:
+    start(here, image)
+    chunks = shown(here, image)["chunks"]
+    built = json.loads(
+        here.succeed("index", "build", image, "--profile-from-node", "--push", "--json")
+    )
+    with elsewhere.mounted(image) as tree:
+        wait_until(lambda: "its startup pack is here" in elsewhere.log())
+        for name in STARTED:
+            assert (tree / name).read_bytes() == content(name)
+        fetched = elsewhere.status()["fetched"]
+    assert fetched["startup"] == {"requests": 1, "bytes": built["pack_bytes"]}
+    assert fetched["blocked"] == {"requests": 0, "bytes": 0}
+    assert built["pack_chunks"] == chunks
+
+
+def test_what_a_kill_interrupts_is_brought_by_the_next_daemon(
+    here: Instance, elsewhere: Instance, image: str
+) -> None:
+    """Only what is missing is asked for; what there is to know of the image is on the disk."""
+    start(here, image)
+    here.succeed("index", "build", image, "--profile-from-node", "--push")
+    tree = elsewhere.directory("tree")
+    process = elsewhere.start()
+    elsewhere.succeed("mount", image, tree)
+    process.kill()
+    process.wait()
+    process = elsewhere.start()
+    wait_until(lambda: "is here" in elsewhere.log())
+    for name in NAMES:
+        assert (tree / name).read_bytes() == content(name)
+    elsewhere.succeed("umount", tree)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 0
+
+
+def test_an_image_that_pins_its_index_finds_its_pack_all_the_same(
+    here: Instance, elsewhere: Instance, shared: str
+) -> None:
+    """A profile is good for every compression of the layers."""
+    start(here, shared)
+    converted = shared.replace("/shared", "/converted")
+    firstbyte("convert", shared, converted)
+    here.succeed("index", "build", converted, "--profile-from-node", "--push")
+    with elsewhere.mounted(converted) as tree:
+        wait_until(lambda: "its startup pack is here" in elsewhere.log())
+        assert (tree / STARTED[0]).read_bytes() == content(STARTED[0])
