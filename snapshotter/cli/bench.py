@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from snapshotter.bench import building, corpus, first_read, mounting, opening, reading, tables
+from snapshotter.bench import building, corpus, first_read, mounting, opening, reading
 from snapshotter.bench.conditions import Conditions
 from snapshotter.bench.errors import BenchError
 from snapshotter.bench.images import FORMS, GZIP, write_image
@@ -21,7 +21,7 @@ from snapshotter.bench.layers import many_layers
 from snapshotter.bench.link.link import DistantRegistry
 from snapshotter.bench.link.profiles import LinkProfile
 from snapshotter.cli import cold_start
-from snapshotter.cli.benching import bench_workspace, say
+from snapshotter.cli.benching import bench_workspace, say, show
 from snapshotter.cli.connection import json_option
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def index(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdow
         results += opening.opening(_OPENED_FILES, workspace, samples)
         say(f"mounting an image of {_MOUNTED_FILES} files")
         results.append(mounting.mounting(_MOUNTED_FILES, workspace / "large", samples))
-        _show([conditions.table(), *results], as_json, as_markdown)
+        show([conditions.table(), *results], as_json, as_markdown)
 
 
 @bench.command()
@@ -118,7 +118,7 @@ def read(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown
         results = reading.compare(image, workspace / "local", samples)
         say("reading an image of which nothing is local")
         results.append(first_read.first_read(image, workspace / "first", samples))
-        _show([conditions.table(), *results], as_json, as_markdown)
+        show([conditions.table(), *results], as_json, as_markdown)
 
 
 @bench.command()
@@ -139,7 +139,7 @@ def layers(counts: tuple[int, ...], samples: int, as_json: bool, as_markdown: bo
         conditions = Conditions(workspace.path)
         say(f"starting images of 1, {', '.join(map(str, counts))} layers")
         results = many_layers(workspace, counts, samples)
-        _show([conditions.table(), *results], as_json, as_markdown)
+        show([conditions.table(), *results], as_json, as_markdown)
 
 
 @bench.command(context_settings={"ignore_unknown_options": True})
@@ -195,12 +195,3 @@ def _pack(directories: Sequence[Path], workspace: Path) -> tuple[corpus.RawLayer
     chosen = directories or corpus.default_directories()
     say(f"packing {', '.join(map(str, chosen))}")
     return corpus.pack(chosen, limit, workspace)
-
-
-def _show(results: Sequence[Table], as_json: bool, as_markdown: bool) -> None:
-    if as_json:
-        click.echo(tables.as_json(results))
-    elif as_markdown:
-        click.echo(tables.as_markdown(results))
-    else:
-        click.echo(tables.as_text(results))

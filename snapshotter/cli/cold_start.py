@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from snapshotter.bench import tables
 from snapshotter.bench.coldstart import catalogue, report, results
-from snapshotter.bench.coldstart.modes import STANDARD, Mode
+from snapshotter.bench.coldstart import concurrent as concurrency
+from snapshotter.bench.coldstart import fill as filling
+from snapshotter.bench.coldstart import update as updating
+from snapshotter.bench.coldstart.modes import OVERLAYFS, STANDARD, UNMODIFIED, Mode
 from snapshotter.bench.coldstart.run import Plan, run
+from snapshotter.bench.coldstart.session import open_session
+from snapshotter.bench.conditions import Conditions
 from snapshotter.bench.link import profiles
 from snapshotter.bench.link.profiles import LinkProfile
 from snapshotter.bench.recipes.build import DEFAULT_CACHE, Builder
-from snapshotter.cli.benching import bench_workspace, say
+from snapshotter.cli.benching import bench_workspace, say, show
 from snapshotter.cli.connection import json_option
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from snapshotter.bench.coldstart.catalogue import Image
     from snapshotter.bench.coldstart.results import Results
+    from snapshotter.bench.coldstart.session import Session
+    from snapshotter.bench.tables import Table
 
 _ALL_LINKS = "standard"
 _DEFAULT_IMAGES = ("service",)
@@ -154,6 +161,94 @@ def cold_start(
         click.echo(tables.as_text(report.tables(found)))
 
 
+def _table_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What the smaller benchmarks take. Each prints one table, with the conditions."""
+    for option in (
+        json_option,
+        click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown tables."),
+        _cache_option,
+        click.option(
+            "--samples",
+            type=click.IntRange(min=1),
+            default=3,
+            show_default=True,
+            help="How often everything is measured.",
+        ),
+        click.option(
+            "--link",
+            "link_name",
+            metavar="LINK",
+            default=_DEFAULT_LINK,
+            show_default=True,
+            help="The network link.",
+        ),
+        click.option(
+            "--mode",
+            "modes",
+            metavar="MODE",
+            multiple=True,
+            default=(OVERLAYFS.name, UNMODIFIED.name),
+            show_default=True,
+            help="How to start, as for cold-start.",
+        ),
+        _list_option,
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.option("--image", "name", metavar="NAME", default="python-web", show_default=True)
+@click.option(
+    "--starts",
+    "counts",
+    metavar="N",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 10, 50),
+    show_default=True,
+    help="How many at once; may be given several times.",
+)
+@_table_options
+def concurrent(name: str, counts: tuple[int, ...], **options: Any) -> None:
+    """Many starts of one image at once: what is fetched more than once, and what it takes."""
+    (image,) = _chosen(options["listed"], [name])
+
+    def measure(session: Session, modes: list[Mode], samples: int) -> Table:
+        return concurrency.concurrent(session, image, modes, sorted(set(counts)), samples)
+
+    _print_table(measure, options)
+
+
+@click.command()
+@click.option("--old", metavar="NAME", default="update-old", show_default=True)
+@click.option("--new", metavar="NAME", default="update-new", show_default=True)
+@_table_options
+def update(old: str, new: str, **options: Any) -> None:
+    """Starting a new version of an image where the old one is present."""
+    (before,), (after,) = (_chosen(options["listed"], [name]) for name in (old, new))
+
+    def measure(session: Session, modes: list[Mode], samples: int) -> Table:
+        return updating.update(session, before, after, modes, samples)
+
+    _print_table(measure, options)
+
+
+@click.command()
+@click.option(
+    "--image", "names", metavar="NAME", multiple=True, default=("postgres",), show_default=True
+)
+@_table_options
+def fill(names: tuple[str, ...], **options: Any) -> None:
+    """How fast an image arrives in the background when nobody waits for it."""
+    images = _chosen(options["listed"], names)
+
+    def measure(session: Session, modes: list[Mode], samples: int) -> Table:
+        return filling.fill(session, images, modes, samples)
+
+    _print_table(measure, options)
+
+
 @click.command("build")
 @_list_option
 @_image_option
@@ -175,7 +270,18 @@ def make_report(file: Path, directory: Path) -> None:
     _write_report(results.read(file), directory)
 
 
-COMMANDS = (cold_start, build, make_report)
+COMMANDS = (cold_start, concurrent, update, fill, build, make_report)
+
+
+def _print_table(
+    measure: Callable[[Session, list[Mode], int], Table], options: Mapping[str, Any]
+) -> None:
+    link, modes = LinkProfile.parse(options["link_name"]), map(Mode.parse, options["modes"])
+    with bench_workspace() as workspace:
+        conditions = Conditions(workspace.path)
+        with open_session(workspace, link, options["cache"], say) as session:
+            table = measure(session, list(modes), options["samples"])
+        show([conditions.table(), table], options["as_json"], options["as_markdown"])
 
 
 def _chosen(listed: str, names: Sequence[str]) -> list[Image]:

@@ -11,11 +11,21 @@ import pytest
 
 from snapshotter.bench import corpus
 from snapshotter.bench.images import FORMS, GZIP, StoredImage, write_image
+from tests.support.layouts import write_layout
+from tests.support.rootfs import as_layer, make_rootfs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SMALL_FILES = 40
+CATALOGUE = """
+[[image]]
+name = "tiny"
+reference = "oci:{layout}:tiny"
+command = ["sh", "-c", "cat /bin/cat >/dev/null; echo ready; sleep 600"]
+ready = {{ line = '^ready$' }}
+within = 60.0
+"""
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +66,24 @@ def images(directory: Path, layers: tuple[corpus.RawLayer, ...]) -> list[StoredI
 @pytest.fixture(scope="session")
 def image(images: list[StoredImage]) -> StoredImage:
     return images[FORMS.index(GZIP)]
+
+
+@pytest.fixture(scope="session")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A list with one image."""
+    directory = tmp_path_factory.mktemp("images")
+    root = make_rootfs(directory / "root")
+    config = {"config": {"Env": ["PATH=/bin"], "Cmd": ["sh"]}}
+    write_layout(directory / "layout", [as_layer(root)], tag="tiny", config=config)
+    path = directory / "images.toml"
+    path.write_text(CATALOGUE.format(layout=directory / "layout"))
+    return path
+
+
+@pytest.fixture
+def workplace(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where workspaces are made; nothing may be left in it. On a disk, with a short path."""
+    with tempfile.TemporaryDirectory(prefix="fb-", dir="/var/tmp") as directory:
+        monkeypatch.setenv("TMPDIR", directory)
+        yield Path(directory)
+        assert list(Path(directory).iterdir()) == []

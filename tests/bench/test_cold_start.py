@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,52 +18,28 @@ from snapshotter.bench.coldstart.modes import STANDARD, Mode
 from snapshotter.bench.coldstart.residency import resident, touched
 from snapshotter.bench.errors import BenchError
 from tests.bench.test_command import bench
-from tests.support.layouts import write_layout
-from tests.support.rootfs import as_layer, make_rootfs
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = pytest.mark.root
 
 LINK = "200mbit-5ms"
 MODES = ("local", "overlayfs", "firstbyte")
-CATALOGUE = """
-[[image]]
-name = "tiny"
-reference = "oci:{layout}:tiny"
-command = ["sh", "-c", "cat /bin/cat >/dev/null; echo ready; sleep 600"]
-ready = {{ line = '^ready$' }}
-within = 60.0
-"""
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A list with one image."""
-    directory = tmp_path_factory.mktemp("images")
-    root = make_rootfs(directory / "root")
-    config = {"config": {"Env": ["PATH=/bin"], "Cmd": ["sh"]}}
-    write_layout(directory / "layout", [as_layer(root)], tag="tiny", config=config)
-    path = directory / "images.toml"
-    path.write_text(CATALOGUE.format(layout=directory / "layout"))
-    return path
-
-
-@pytest.fixture
-def workplace(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where workspaces are made; nothing may be left in it. On a disk, with a short path."""
-    with tempfile.TemporaryDirectory(prefix="fb-", dir="/var/tmp") as directory:
-        monkeypatch.setenv("TMPDIR", directory)
-        yield Path(directory)
-        assert list(Path(directory).iterdir()) == []
 
 
 def test_starts_are_measured_and_what_is_missing_is_measured_later(
-    images: Path, workplace: Path, tmp_path: Path
+    catalogue: Path, workplace: Path, tmp_path: Path
 ) -> None:
     kept, written = tmp_path / "results.json", tmp_path / "report"
-    command = ["cold-start", "--images", images, "--link", LINK, "--samples", "1", "--resume", kept]
+    command = [
+        "cold-start",
+        "--images",
+        catalogue,
+        "--link",
+        LINK,
+        "--samples",
+        "1",
+        "--resume",
+        kept,
+    ]
     command += ["--cache", tmp_path / "cache"]
     done = bench(*command, "--mode", "overlayfs", "--mode", "local", "--report", written)
     assert done.returncode == 0, done.stderr
@@ -97,10 +72,10 @@ def test_starts_are_measured_and_what_is_missing_is_measured_later(
 
 
 def test_an_interrupted_run_leaves_nothing_behind(
-    images: Path, workplace: Path, tmp_path: Path
+    catalogue: Path, workplace: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "snapshotter.cli.main", "bench", "cold-start"]
-    command += ["--images", str(images), "--mode", "overlayfs", "--link", "1mbit-5ms"]
+    command += ["--images", str(catalogue), "--mode", "overlayfs", "--link", "1mbit-5ms"]
     command += ["--cache", str(tmp_path / "cache")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr
@@ -113,10 +88,10 @@ def test_an_interrupted_run_leaves_nothing_behind(
 
 
 def test_an_image_that_does_not_get_ready_says_what_it_printed(
-    images: Path, workplace: Path, tmp_path: Path
+    catalogue: Path, workplace: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "images.toml"
-    path.write_text(images.read_text().replace("echo ready; sleep 600", "echo oh no; exit 3"))
+    path.write_text(catalogue.read_text().replace("echo ready; sleep 600", "echo oh no; exit 3"))
     done = bench(
         *("cold-start", "--images", path, "--mode", "local", "--cache", tmp_path / "cache")
     )

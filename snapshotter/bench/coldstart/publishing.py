@@ -82,6 +82,11 @@ class Publisher:
             compressed_bytes=sum(layer.size for layer in manifest.layers),
         )
 
+    def layers(self, image: Image) -> list[Path]:
+        """The files in which the registry stores an image's layers."""
+        manifest = trio.run(_manifest, self._direct(self.repository(image, "")))
+        return [self._registry.stored(layer.digest) for layer in manifest.layers]
+
     def _copy(self, image: Image, repository: str, profile: Path | None = None) -> None:
         source = image.reference
         if image.recipe:

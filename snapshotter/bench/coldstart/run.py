@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import random
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from snapshotter.bench.coldstart import nodes, results
-from snapshotter.bench.coldstart.measure import Place, Start, measure
-from snapshotter.bench.coldstart.modes import UNMODIFIED
-from snapshotter.bench.coldstart.publishing import Publisher
+from snapshotter.bench.coldstart.measure import measure
 from snapshotter.bench.coldstart.residency import touched
+from snapshotter.bench.coldstart.session import open_session
 from snapshotter.bench.conditions import Conditions
-from snapshotter.bench.link.link import DistantRegistry
-from snapshotter.bench.link.namespaces import Connector
-from snapshotter.bench.recipes.build import Builder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +22,7 @@ if TYPE_CHECKING:
     from snapshotter.bench.coldstart.catalogue import Image
     from snapshotter.bench.coldstart.modes import Mode
     from snapshotter.bench.coldstart.results import Results, Sample
+    from snapshotter.bench.coldstart.session import Session
     from snapshotter.bench.link.profiles import LinkProfile
     from snapshotter.demo.workspace import Workspace
 
@@ -68,16 +63,9 @@ def run(workspace: Workspace, plan: Plan, say: Callable[[str], None]) -> Results
     steps = _steps(plan)
     if not steps:
         return plan.results
-    with ExitStack() as stack:
-        conditions = Conditions(workspace.path)
-        registry = DistantRegistry(workspace, plan.links[0])
-        connector = Connector(registry.link.near)
-        stack.callback(connector.close)
-        place = Place(registry, connector, workspace.interruption)
-        builder = Builder(workspace, plan.cache, say)
-        record = partial(_record, workspace, place)
-        publisher = Publisher(workspace, registry, builder, record, say)
-        runner = _Runner(workspace, plan, place, publisher, say)
+    conditions = Conditions(workspace.path)
+    with open_session(workspace, plan.links[0], plan.cache, say) as session:
+        runner = _Runner(session, plan)
         try:
             runner.run(steps)
         finally:
@@ -85,18 +73,6 @@ def run(workspace: Workspace, plan: Plan, say: Callable[[str], None]) -> Results
             plan.results.conditions.append(known)
             runner.keep()
     return plan.results
-
-
-def _record(
-    workspace: Workspace, place: Place, image: Image, repository: str, target: Path
-) -> None:
-    node = nodes.Lazy(workspace, f"record-{image.name}")
-    try:
-        start = Start(image, UNMODIFIED.name, repository, pulled=False, wait_local=False)
-        measure(place, node, start)
-        node.export_profile(f"{place.registry.host}/{repository}:latest", target)
-    finally:
-        node.close()
 
 
 def _steps(plan: Plan) -> list[_Step]:
@@ -120,40 +96,31 @@ def _steps(plan: Plan) -> list[_Step]:
 
 
 class _Runner:
-    def __init__(
-        self,
-        workspace: Workspace,
-        plan: Plan,
-        place: Place,
-        publisher: Publisher,
-        say: Callable[[str], None],
-    ) -> None:
-        self._workspace = workspace
+    def __init__(self, session: Session, plan: Plan) -> None:
+        self._session = session
         self._plan = plan
-        self._place = place
-        self._publisher = publisher
-        self._say = say
-        self._number = 0
         self._seconds: dict[tuple[str, str, str], float] = {}  # that a step took, the last time
 
     def run(self, steps: Sequence[_Step]) -> None:
         for step in steps:
-            self._publisher.repository(step.image, step.mode.variant)
+            self._session.publisher.repository(step.image, step.mode.variant)
             if step.image.name not in self._plan.results.images:
-                self._plan.results.images[step.image.name] = self._publisher.facts(step.image)
+                self._plan.results.images[step.image.name] = self._session.publisher.facts(
+                    step.image
+                )
         began, done, count = time.monotonic(), 0, sum(step.count for step in steps)
         for step in steps:
             kind = step.image.name, step.mode.name, step.link.name if step.link else _NO_LINK
             expected = self._seconds.get(kind, max([*self._seconds.values(), _GUESSED_SECONDS]))
             spent = time.monotonic() - began
             if self._plan.budget is not None and spent + expected > self._plan.budget:
-                self._say(f"the time is used up: {count - done} samples are left")
+                self._session.say(f"the time is used up: {count - done} samples are left")
                 return
             for sample in self._local(step) if step.mode.local else self._cold(step):
                 done += 1
                 self._plan.results.samples.append(sample)
                 self.keep()
-                self._say(f"[{done}/{count}] {_described(sample)}")
+                self._session.say(f"[{done}/{count}] {_described(sample)}")
             self._seconds[kind] = time.monotonic() - began - spent
 
     def keep(self) -> None:
@@ -163,30 +130,23 @@ class _Runner:
 
     def _cold(self, step: _Step) -> Iterator[Sample]:
         assert step.link
-        if step.link != self._place.registry.link.profile:
-            self._place.registry.link.change(step.link)
-        node = self._node(step.mode)
-        try:
-            yield measure(self._place, node, self._start(step))[0]
-        finally:
-            node.close()
+        link = self._session.place.registry.link
+        if step.link != link.profile:
+            link.change(step.link)
+        start = self._session.start(step.image, step.mode, wait_local=self._plan.wait_local)
+        with self._session.node(step.mode) as node:
+            yield measure(self._session.place, node, start)[0]
 
     def _local(self, step: _Step) -> Iterator[Sample]:
-        node = self._node(step.mode)
-        try:
-            start = self._start(step)
-            reference = f"{self._place.registry.direct}/{start.repository}:latest"
-            self._say(f"{step.image.name}, {step.mode.name}: pulling")
-            node.pull(reference)
-            while (state := node.local()) and state.here < state.total:
-                self._workspace.interruption.sleep(0.1)
+        start = self._session.start(step.image, step.mode, pulled=True)
+        with self._session.node(step.mode) as node:
+            self._session.say(f"{step.image.name}, {step.mode.name}: pulling")
+            self._session.provide(node, step.image, step.mode)
             for _ in range(step.count):
-                sample, task = measure(self._place, node, start)
+                sample, task = measure(self._session.place, node, start)
                 self._note_touched(step, node)
                 task.stop()
                 yield sample
-        finally:
-            node.close()
 
     def _note_touched(self, step: _Step, node: nodes.Node) -> None:
         """While the workload still runs: what it holds in memory is not forgotten."""
@@ -196,19 +156,6 @@ class _Runner:
             self._plan.results.images[step.image.name] = msgspec.structs.replace(
                 facts, touched=found
             )
-
-    def _node(self, mode: Mode) -> nodes.Node:
-        self._number += 1
-        return nodes.make(self._workspace, f"node-{self._number}", mode)
-
-    def _start(self, step: _Step) -> Start:
-        return Start(
-            step.image,
-            step.mode.name,
-            self._publisher.repository(step.image, step.mode.variant),
-            pulled=step.mode.local,
-            wait_local=self._plan.wait_local,
-        )
 
 
 def _described(sample: Sample) -> str:

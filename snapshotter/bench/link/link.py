@@ -101,6 +101,12 @@ class DistantRegistry:
             address=f"0.0.0.0:{REGISTRY_PORT}",
             host=self.direct,
         )
+        self._storage = self.registry.storage / "docker" / "registry" / "v2"
+
+    def stored(self, digest: str) -> Path:
+        """The file in which the registry keeps a blob."""
+        name = digest.removeprefix("sha256:")
+        return self._storage / "blobs" / "sha256" / name[:2] / name / "data"
 
     def read_into_memory(self, repository: str) -> None:
         """Have the kernel keep what the registry stores of an image, so that its disk is not
@@ -108,14 +114,12 @@ class DistantRegistry:
 
         Raises BenchError if there is no such image.
         """
-        stored = self.registry.storage / "docker" / "registry" / "v2"
-        links = [*(stored / "repositories" / repository).rglob("link")]
+        links = [*(self._storage / "repositories" / repository).rglob("link")]
         if not links:
             raise BenchError(f"there is no {repository} in the registry")
         buffer = bytearray(1 << 20)
-        for digest in {link.read_text().removeprefix("sha256:") for link in links}:
-            blob = stored / "blobs" / "sha256" / digest[:2] / digest / "data"
-            with blob.open("rb", buffering=0) as file:
+        for digest in {link.read_text() for link in links}:
+            with self.stored(digest).open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
 

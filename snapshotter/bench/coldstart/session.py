@@ -1,0 +1,95 @@
+"""What all benchmarks of starts need: a registry behind a link, images in it, and nodes."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING
+
+from snapshotter.bench.coldstart import nodes
+from snapshotter.bench.coldstart.measure import Place, Start, measure
+from snapshotter.bench.coldstart.modes import UNMODIFIED
+from snapshotter.bench.coldstart.publishing import Publisher
+from snapshotter.bench.link.link import DistantRegistry
+from snapshotter.bench.link.namespaces import Connector
+from snapshotter.bench.recipes.build import Builder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from snapshotter.bench.coldstart.catalogue import Image
+    from snapshotter.bench.coldstart.modes import Mode
+    from snapshotter.bench.link.profiles import LinkProfile
+    from snapshotter.demo.workspace import Workspace
+
+_LOCAL_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Session:
+    """Lasts as long as the block of `open_session`."""
+
+    workspace: Workspace
+    place: Place
+    publisher: Publisher
+    say: Callable[[str], None]
+    _numbers: Iterator[int] = field(default_factory=count)
+
+    @contextmanager
+    def node(self, mode: Mode) -> Iterator[nodes.Node]:
+        """A new node with nothing on it. Raises DemoError."""
+        node = nodes.make(self.workspace, f"node-{next(self._numbers)}", mode)
+        try:
+            yield node
+        finally:
+            node.close()
+
+    def start(
+        self, image: Image, mode: Mode, *, pulled: bool = False, wait_local: bool = True
+    ) -> Start:
+        """A start of an image that is in the registry already, or will be."""
+        repository = self.publisher.repository(image, mode.variant)
+        return Start(image, mode.name, repository, pulled=pulled, wait_local=wait_local)
+
+    def provide(self, node: nodes.Node, image: Image, mode: Mode) -> None:
+        """Have all of an image on a node, past the link. Raises DemoError."""
+        repository = self.publisher.repository(image, mode.variant)
+        node.pull(f"{self.place.registry.direct}/{repository}:latest")
+        self.wait_local(node)
+
+    def wait_local(self, node: nodes.Node) -> None:
+        """Wait until all of the node's image is there."""
+        while (state := node.local()) and state.here < state.total:
+            self.workspace.interruption.sleep(_LOCAL_POLL_SECONDS)
+
+
+@contextmanager
+def open_session(
+    workspace: Workspace, link: LinkProfile, cache: Path, say: Callable[[str], None]
+) -> Iterator[Session]:
+    """`cache` is where built images are kept. Raises BenchError or DemoError."""
+    registry = DistantRegistry(workspace, link)
+    connector = Connector(registry.link.near)
+    try:
+        place = Place(registry, connector, workspace.interruption)
+        builder = Builder(workspace, cache, say)
+        record = partial(_record, workspace, place)
+        publisher = Publisher(workspace, registry, builder, record, say)
+        yield Session(workspace, place, publisher, say)
+    finally:
+        connector.close()
+
+
+def _record(
+    workspace: Workspace, place: Place, image: Image, repository: str, target: Path
+) -> None:
+    node = nodes.Lazy(workspace, f"record-{image.name}")
+    try:
+        start = Start(image, UNMODIFIED.name, repository, pulled=False, wait_local=False)
+        measure(place, node, start)
+        node.export_profile(f"{place.registry.host}/{repository}:latest", target)
+    finally:
+        node.close()
