@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+from snapshotter.bench import fio
 from snapshotter.bench.errors import BenchError
 from snapshotter.bench.node import running_node
 from snapshotter.bench.tables import Cell, Table
@@ -33,7 +34,7 @@ _WARM_RUNS = 5
 def compare(image: StoredImage, directory: Path, samples: int) -> list[Table]:
     """Mount and unpack the image in a new `directory`, and do the same to all. Needs root.
 
-    A table for each mode; all are of the same run.
+    A table for each mode; all are of the same run. One more of fio, if that is installed.
     """
     directory.mkdir()
     unpacked = directory / "unpacked"
@@ -56,6 +57,8 @@ def compare(image: StoredImage, directory: Path, samples: int) -> list[Table]:
                     rates = _rates(workload, timings[_OVERLAY], timings[mode])
                     rows[mode].append((*what, *rates))
         resident, private = node.memory()
+        largest = max(files.regular, key=lambda file: file[1])[0]
+        with_fio = [fio.compare(roots, largest, _OVERLAY, samples)] if fio.installed() else []
     note = (
         f"{files.names} names, {files.size / 1e6:.0f} MB. Medians of {samples} rounds, and their "
         "ratio: above 1 FirstByte is faster. Lowest and highest: that of single rounds. A warm "
@@ -63,7 +66,7 @@ def compare(image: StoredImage, directory: Path, samples: int) -> list[Table]:
         f"end {resident:.0f} MB of the daemon were in memory, {private:.0f} of them its own."
     )
     columns = ("work", "jobs", "page cache", "unit", _OVERLAY, "FirstByte", "ratio")
-    return [
+    tables = [
         Table(
             f"Reading a fully local image in mode {mode}",
             (*columns, "lowest", "highest"),
@@ -72,6 +75,7 @@ def compare(image: StoredImage, directory: Path, samples: int) -> list[Table]:
         )
         for mode in MODES
     ]
+    return tables + with_fio
 
 
 def unpack(image: StoredImage, target: Path) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import stat
+import subprocess
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +31,27 @@ _RANDOM_READS = {4 << 10: 4_000, 128 << 10: 1_000}  # by their size in bytes
 _MAX_OPEN = 200  # large files that are open for random reads; the usual limit is 1024 descriptors
 _JOBS = (1, 4)
 _SEED = 1
+
+# Of the standard library: those that import much of the rest of it.
+_MODULES = (
+    "asyncio",
+    "concurrent.futures",
+    "ctypes.util",
+    "email.mime.multipart",
+    "http.server",
+    "logging.config",
+    "multiprocessing.pool",
+    "pydoc",
+    "sqlite3",
+    "tarfile",
+    "unittest.mock",
+    "urllib.request",
+    "xml.dom.minidom",
+    "xmlrpc.server",
+)
+_LIBRARY = re.compile(r"(usr/lib/python3\.\d+)/asyncio/__init__\.py")
+_PATH = "import sys; sys.path.insert(0, {!r});"
+_IMPORT = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
 
 SizedPath = tuple[str, int]  # size in bytes
 _T = TypeVar("_T")
@@ -118,6 +142,10 @@ def workloads(files: Files) -> tuple[Workload[Any], ...]:
         name = f"random reads of {length >> 10} KiB"
         places, read = _random_places(large[:_MAX_OPEN], length, count), partial(_read_at, length)
         made += [Workload(name, "reads/s", count, jobs, places, read) for jobs in _JOBS]
+    libraries = [match[1] for path, _ in files.regular if (match := _LIBRARY.fullmatch(path))]
+    if libraries:
+        prepare = partial(_import, libraries[0])
+        made.append(Workload("start Python, import much", "starts/s", 1, 1, _MODULES, prepare))
     return tuple(made)
 
 
@@ -179,6 +207,18 @@ def _read_at(
         for descriptor, offset in reads:
             if len(os.pread(descriptor, length, offset)) != length:
                 raise BenchError(f"a random read in {root} came back short")
+
+    return work
+
+
+def _import(library: str, root: Path, _: ExitStack, modules: Sequence[str]) -> Callable[[], None]:
+    """In a process of its own, whose standard library is the tree's; so is what it compiles to."""
+    command = [sys.executable, "-S", "-E", "-B", "-c", _PATH.format(str(root / library)) + _IMPORT]
+
+    def work() -> None:
+        done = subprocess.run([*command, *modules], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BenchError(f"Python cannot import from {root}", hint=done.stderr[-300:])
 
     return work
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from snapshotter.bench import building, corpus, first_read, mounting, opening, reading
+from snapshotter.bench import building, corpus, fio, first_read, mounting, opening, reading
 from snapshotter.bench.conditions import Conditions
 from snapshotter.bench.errors import BenchError
 from snapshotter.bench.images import FORMS, GZIP, write_image
@@ -115,6 +115,8 @@ def read(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown
         say(f"compressing the layers: {GZIP.name}")
         image = write_image(workspace / "image", GZIP, layers)
         say("reading a fully local image")
+        if not fio.installed():
+            say("without fio, which is not installed: 'scripts/setup bench' does that")
         results = reading.compare(image, workspace / "local", samples)
         say("reading an image of which nothing is local")
         results.append(first_read.first_read(image, workspace / "first", samples))

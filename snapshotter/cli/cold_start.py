@@ -60,12 +60,15 @@ _cache_option = click.option(
     show_default=True,
     help="Where built images are kept.",
 )
-
-
-@click.command("cold-start")
-@_list_option
-@_image_option
-@click.option(
+_registry_option = click.option(
+    "--registry",
+    "kept",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep the registry there, with the images and what was made of them, for later runs of "
+    "the same version of FirstByte.",
+)
+_modes_option = click.option(
     "--mode",
     "modes",
     metavar="MODE",
@@ -75,6 +78,12 @@ _cache_option = click.option(
     help=f"How to start: {', '.join(mode.name for mode in STANDARD)}; or another snapshotter as "
     "NAME@SOCKET of the containerd whose CRI uses it.",
 )
+
+
+@click.command("cold-start")
+@_list_option
+@_image_option
+@_modes_option
 @click.option(
     "--link",
     "links",
@@ -120,6 +129,7 @@ _cache_option = click.option(
     help="Do not wait until all of an image has come.",
 )
 @_cache_option
+@_registry_option
 @json_option
 def cold_start(
     listed: str,
@@ -132,6 +142,7 @@ def cold_start(
     target: Path | None,
     wait_local: bool,
     cache: Path,
+    kept: Path | None,
     as_json: bool,
 ) -> None:
     """From "run this image" on an empty node to "the workload answers".
@@ -147,6 +158,7 @@ def cold_start(
         samples=samples,
         wait_local=wait_local,
         cache=cache,
+        kept=kept,
         output=resume,
         budget=None if budget is None else 60 * budget,
         results=results.read(resume) if resume and resume.exists() else results.Results(),
@@ -252,12 +264,27 @@ def fill(names: tuple[str, ...], **options: Any) -> None:
 @click.command("build")
 @_list_option
 @_image_option
+@_modes_option
 @_cache_option
-def build(listed: str, names: tuple[str, ...], cache: Path) -> None:
-    """Build images ahead, so that a measurement need not wait for them."""
+@_registry_option
+def build(
+    listed: str, names: tuple[str, ...], modes: tuple[str, ...], cache: Path, kept: Path | None
+) -> None:
+    """Build images ahead, so that a measurement need not wait for them.
+
+    With --registry they are also put into it, with what the modes need.
+    """
+    images, chosen = _chosen(listed, names), [Mode.parse(mode) for mode in modes]
     with bench_workspace() as workspace:
+        if kept:
+            link = LinkProfile.parse(_DEFAULT_LINK)
+            with open_session(workspace, link, cache, say, kept) as session:
+                for image in images:
+                    for mode in chosen:
+                        session.publisher.repository(image, mode.variant)
+            return
         builder = Builder(workspace, cache, say)
-        for image in _chosen(listed, names):
+        for image in images:
             if image.recipe:
                 say(f"{image.name}: {builder.image(image.name, image.recipe)}")
 

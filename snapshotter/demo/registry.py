@@ -20,6 +20,7 @@ from snapshotter.registry.reference import Reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from snapshotter.demo.workspace import Workspace
 
@@ -61,13 +62,14 @@ class LocalRegistry:
         enter: Sequence[str] = (),
         address: str = _ANY_PORT,
         host: str = "",
+        storage: Path | None = None,
     ) -> None:
         """Listens on `address`, in the namespace that the command `enter` enters; `host` is where
-        it is reached from outside of that."""
+        it is reached from outside of that. What a `storage` holds stays, and was there before."""
         self._workspace = workspace
         directory = workspace.directory("registry")
         configuration = directory / "config.yml"
-        self.storage = directory / "storage"
+        self.storage = storage or directory / "storage"
         configuration.write_text(_CONFIGURATION.format(storage=self.storage, address=address))
         self._log = directory / "log"
         with self._log.open("wb") as log:

@@ -9,6 +9,7 @@ import trio
 from snapshotter.bench.coldstart.results import Facts
 from snapshotter.demo.lazy import build_index, convert
 from snapshotter.registry.credentials import CredentialStore
+from snapshotter.registry.digests import digest_of
 from snapshotter.registry.locations import Locations
 from snapshotter.registry.platform import Platform
 from snapshotter.registry.transport import Transport
@@ -40,37 +41,46 @@ class Publisher:
         builder: Builder,
         record: Callable[[Image, str, Path], None],
         say: Callable[[str], None],
+        kept: Path | None = None,
     ) -> None:
-        """`record` writes the startup profile of an image in a repository into a file."""
+        """`record` writes the startup profile of an image in a repository into a file. What is in
+        the registry is noted in the directory `kept`, if that is kept, too."""
         self._workspace = workspace
         self._registry = registry
         self._builder = builder
         self._record = record
         self._say = say
-        self._repositories: dict[tuple[str, str], str] = {}
+        self._kept = kept
+        self._repositories: set[str] = set()
 
     def repository(self, image: Image, variant: str) -> str:
         """The repository of an image as a mode needs it. Takes a while the first time.
 
         Raises DemoError if what prepares it fails.
         """
-        key = image.name, variant
-        if key not in self._repositories:
-            name = f"{image.name}-{variant}" if variant else image.name
-            if variant == CONVERTED:
-                original = self._direct(self.repository(image, ""))
-                self._say(f"{image.name}: converting")
-                convert(self._workspace, original, self._direct(name))
-            elif variant == PROFILED:
-                profile = self._workspace.path / f"{name}.profile"
-                original = self.repository(image, "")
-                self._say(f"{image.name}: recording a start")
-                self._record(image, original, profile)
-                self._copy(image, name, profile)
-            else:
-                self._copy(image, name)
-            self._repositories[key] = name
-        return self._repositories[key]
+        made_of = image.recipe.key() if image.recipe else digest_of(image.reference.encode())[-12:]
+        name = "-".join([image.name, *([variant] if variant else []), made_of])
+        note = self._kept / f"{name}.prepared" if self._kept else None
+        if name not in self._repositories and not (note and note.exists()):
+            self._prepare(image, variant, name)
+            if note:
+                note.touch()
+        self._repositories.add(name)
+        return name
+
+    def _prepare(self, image: Image, variant: str, name: str) -> None:
+        if not variant:
+            self._copy(image, name)
+            return
+        original = self.repository(image, "")
+        if variant == CONVERTED:
+            self._say(f"{image.name}: converting")
+            convert(self._workspace, self._direct(original), self._direct(name))
+            return
+        self._say(f"{image.name}: recording a start")
+        profile = self._workspace.path / f"{name}.profile"
+        self._record(image, original, profile)
+        self._copy(image, name, profile)
 
     def facts(self, image: Image) -> Facts:
         """What can be said of an image without starting it."""

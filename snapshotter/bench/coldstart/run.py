@@ -35,7 +35,8 @@ class Plan:
     """What to measure: `samples` of each image in each mode over each link.
 
     Samples that `results` has already count. After `budget` seconds no start is begun that would
-    probably not end in time; None: all are made. `output` is written after each sample.
+    probably not end in time; None: all are made. `output` is written after each sample. `cache`
+    and `kept` are those of `open_session`.
     """
 
     images: Sequence[Image]
@@ -44,6 +45,7 @@ class Plan:
     samples: int
     wait_local: bool
     cache: Path
+    kept: Path | None = None
     output: Path | None = None
     budget: float | None = None
     results: Results = field(default_factory=results.Results)
@@ -64,7 +66,7 @@ def run(workspace: Workspace, plan: Plan, say: Callable[[str], None]) -> Results
     if not steps:
         return plan.results
     conditions = Conditions(workspace.path)
-    with open_session(workspace, plan.links[0], plan.cache, say) as session:
+    with open_session(workspace, plan.links[0], plan.cache, say, plan.kept) as session:
         runner = _Runner(session, plan)
         try:
             runner.run(steps)

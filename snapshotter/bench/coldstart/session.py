@@ -68,16 +68,23 @@ class Session:
 
 @contextmanager
 def open_session(
-    workspace: Workspace, link: LinkProfile, cache: Path, say: Callable[[str], None]
+    workspace: Workspace,
+    link: LinkProfile,
+    cache: Path,
+    say: Callable[[str], None],
+    kept: Path | None = None,
 ) -> Iterator[Session]:
-    """`cache` is where built images are kept. Raises BenchError or DemoError."""
-    registry = DistantRegistry(workspace, link)
+    """`cache` is where built images are kept, `kept` where the registry is, with all that was
+    prepared in it, for later sessions. Raises BenchError or DemoError."""
+    if kept:
+        kept.mkdir(parents=True, exist_ok=True)
+    registry = DistantRegistry(workspace, link, kept.absolute() / "storage" if kept else None)
     connector = Connector(registry.link.near)
     try:
         place = Place(registry, connector, workspace.interruption)
         builder = Builder(workspace, cache, say)
         record = partial(_record, workspace, place)
-        publisher = Publisher(workspace, registry, builder, record, say)
+        publisher = Publisher(workspace, registry, builder, record, say, kept)
         yield Session(workspace, place, publisher, say)
     finally:
         connector.close()

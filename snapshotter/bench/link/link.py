@@ -90,9 +90,12 @@ class Link:
 
 class DistantRegistry:
     """A real registry at the far end of a link. References with `host` go over the link, those
-    with `direct` do not: for what is not measured."""
+    with `direct` do not: for what is not measured. What it is given is kept in `storage`, if there
+    is one."""
 
-    def __init__(self, workspace: Workspace, profile: LinkProfile) -> None:
+    def __init__(
+        self, workspace: Workspace, profile: LinkProfile, storage: Path | None = None
+    ) -> None:
         self.link = Link(workspace, profile)
         self.host, self.direct = self.link.host, self.link.direct
         self.registry = LocalRegistry(
@@ -100,6 +103,7 @@ class DistantRegistry:
             enter=("nsenter", f"--net={self.link.far}", "--"),
             address=f"0.0.0.0:{REGISTRY_PORT}",
             host=self.direct,
+            storage=storage,
         )
         self._storage = self.registry.storage / "docker" / "registry" / "v2"
 
