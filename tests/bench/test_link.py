@@ -170,14 +170,15 @@ def test_a_new_connection_costs_a_round_trip_and_every_exchange_one(tmp_path: Pa
 
 
 def test_the_delay_is_of_the_way_and_not_of_each_piece(tmp_path: Path) -> None:
-    count = 40
+    count = 200
     with echo_server() as server, relayed(server, FAR, tmp_path) as link, link.connect() as far:
         began = time.monotonic()
         for _ in range(count):
             far.sendall(b"x" * 1000)
             time.sleep(0.001)
         assert len(receive(far, count * 1000)) == count * 1000
-        assert time.monotonic() - began < count * RTT / 2  # each for itself would take that long
+        # Each for itself would take twice that: far from what a busy machine adds.
+        assert time.monotonic() - began < count * RTT / 2
 
 
 def test_failed_requests_do_not_arrive_and_others_do(tmp_path: Path) -> None:
@@ -266,10 +267,11 @@ def test_a_registry_at_the_far_end(workspace: Workspace) -> None:
     assert size < carried.down < size + 1000
     assert (carried.requests, carried.connections) == (1, 1)
 
-    distant.link.change(LinkProfile(1e9, 0.0))
+    slow = LinkProfile(1e9, 2 * RTT)
+    distant.link.change(slow)
     began = time.monotonic()
     assert len(get(distant.host, blob)) == size
-    assert time.monotonic() - began < size / (rate / 8)
+    assert time.monotonic() - began >= 2 * slow.rtt
 
     connector = Connector(distant.link.far)
     connector.connect(5000, SECONDS).close()
