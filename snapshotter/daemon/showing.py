@@ -257,7 +257,7 @@ class Showing:
         await trio.to_thread.run_sync(self._records.close_view, shown.name)
         for view in gone:
             self._views.remove(view)
-            await session.forget_name(view.name)
+            session.forget_name(view.name)
 
     def refuse(self, shown: Shown, error: FirstByteError) -> None:
         """Let every read of an image fail from now on, as far as the kernel asks."""

@@ -1,14 +1,16 @@
-"""When a request cannot be answered: a log line for people, an errno for the kernel."""
+"""When a request cannot be answered: a log line for people. The kernel is told EIO."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
-
-import pyfuse3
+from typing import TYPE_CHECKING
 
 from index.errors import FirstByteError
+from snapshotter.fuse.view import unpack_inode
+
+if TYPE_CHECKING:
+    from snapshotter.fuse.view import Views
 
 log = logging.getLogger(__name__)
 
@@ -19,28 +21,32 @@ _WINDOW_SECONDS = 10.0
 
 
 class FailureLog:
-    """Turns exceptions into errnos, with at most _BURST log lines a window and a count of the rest.
+    """At most _BURST log lines a window, and a count of the rest.
 
     A program only sees "Input/output error", so the log line has to carry the cause.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, views: Views) -> None:
+        self._views = views
         self._window_end = 0.0
         self._lines = 0
         self._unsaid = 0
 
-    def refuse(self, what: str, error: Exception) -> pyfuse3.FUSEError:
-        """The EIO to raise for a request that failed with `error`; `what` names the request.
+    def note(self, request: str, inode: int, error: Exception) -> None:
+        """Log that a request about an inode of the mount failed with `error`.
 
         Anything but a FirstByteError is a mistake in the program and gets its traceback logged;
         it must not end the session, which serves other containers too.
         """
         if self._may_speak():
+            slot, nid = unpack_inode(inode)
+            view = self._views.in_slot(slot)
+            image = view.reference if view else "no image"
+            what = f"{image}: {request} of inode {nid}"
             if isinstance(error, FirstByteError):
                 log.error("%s failed: %s", what, error)
             else:
                 log.error("%s failed by a mistake in FirstByte", what, exc_info=error)
-        return pyfuse3.FUSEError(errno.EIO)
 
     def _may_speak(self) -> bool:
         now = time.monotonic()

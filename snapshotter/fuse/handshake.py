@@ -16,20 +16,16 @@ import struct
 from dataclasses import dataclass, replace
 
 from index.errors import FirstByteError
+from snapshotter.fuse.wire import IN_HEADER, OUT_HEADER, Opcode
 
 REQUEST_BUFFER = 8192
 """FUSE_MIN_READ_BUFFER: the kernel refuses to be read with less, in bytes."""
 
-_OPCODE = 26  # FUSE_INIT
 _MAJOR = 7  # of the protocol; both sides are bound to it, minors only add
 
-# fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
-_IN_HEADER = struct.Struct("=IIQQIIIHH")
 # fuse_init_in: major, minor, max_readahead, flags; since 7.36 also flags2, unused[11]
 _INIT_IN = struct.Struct("=IIII")
 _FLAGS2 = struct.Struct("=I")
-# fuse_out_header: len, error, unique
-_OUT_HEADER = struct.Struct("=IiQ")
 # fuse_init_out: major, minor, max_readahead, flags, max_background, congestion_threshold,
 # max_write, time_gran, max_pages, map_alignment, flags2, what later minors put into unused[7]
 _INIT_OUT = struct.Struct("=IIIIHHIIHHI28s")
@@ -39,7 +35,7 @@ class HandshakeError(FirstByteError):
     """The kernel and the FUSE library do not agree, or one of them says something else."""
 
 
-RESEND = struct.pack("=IiQ", 16, 7, 0)
+RESEND = OUT_HEADER.pack(OUT_HEADER.size, 7, 0)
 """A message to the kernel: fuse_out_header with FUSE_NOTIFY_RESEND in the place of an error.
 
 It takes back what was read and not answered. Until then who waits for that cannot even be killed
@@ -53,6 +49,9 @@ class InitFlag(enum.IntFlag):
     """
 
     ASYNC_DIO = 1 << 15  # Linux 3.10
+    NO_OPEN_SUPPORT = 1 << 17  # Linux 3.15
+    CACHE_SYMLINKS = 1 << 23  # Linux 4.20
+    NO_OPENDIR_SUPPORT = 1 << 24  # Linux 5.1
     EXTENDED = 1 << 30  # FUSE_INIT_EXT, Linux 5.17
     ALLOW_IDMAP = 1 << 40  # FUSE_ALLOW_IDMAP, Linux 6.12
 
@@ -77,8 +76,8 @@ class InitRequest:
         if InitFlag.EXTENDED in self.flags:
             body += _FLAGS2.pack(high)
         body += self.later
-        size = _IN_HEADER.size + len(body)
-        return _IN_HEADER.pack(size, _OPCODE, self.unique, 0, 0, 0, 0, 0, 0) + body
+        size = IN_HEADER.size + len(body)
+        return IN_HEADER.pack(size, Opcode.INIT, self.unique, 0, 0, 0, 0, 0, 0) + body
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ class InitReply:
     def pack(self) -> bytes:
         """The message, as it is written to /dev/fuse."""
         low, high = _split(self.flags)
-        header = _OUT_HEADER.pack(_OUT_HEADER.size + _INIT_OUT.size, 0, self.unique)
+        header = OUT_HEADER.pack(OUT_HEADER.size + _INIT_OUT.size, 0, self.unique)
         return header + _INIT_OUT.pack(
             _MAJOR,
             self.minor,
@@ -124,12 +123,12 @@ class InitReply:
 def parse_request(message: bytes) -> InitRequest:
     """Read the kernel's first message. Raises HandshakeError if it is no FUSE_INIT that we know."""
     what = "the kernel's first message"
-    end = _IN_HEADER.size + _INIT_IN.size
+    end = IN_HEADER.size + _INIT_IN.size
     _check_size(what, message, end)
-    _, opcode, unique, *_ = _IN_HEADER.unpack_from(message)
-    if opcode != _OPCODE:
+    _, opcode, unique, *_ = IN_HEADER.unpack_from(message)
+    if opcode != Opcode.INIT:
         raise HandshakeError(f"{what} is request {opcode} and not FUSE_INIT")
-    major, minor, max_readahead, low = _INIT_IN.unpack_from(message, _IN_HEADER.size)
+    major, minor, max_readahead, low = _INIT_IN.unpack_from(message, IN_HEADER.size)
     _check_major("the kernel", major)
     high = 0
     if low & InitFlag.EXTENDED:
@@ -142,12 +141,12 @@ def parse_request(message: bytes) -> InitRequest:
 def parse_reply(message: bytes) -> InitReply:
     """Read a server's answer to FUSE_INIT. Raises HandshakeError if it refuses, or is none."""
     what = "the answer to FUSE_INIT"
-    _check_size(what, message, _OUT_HEADER.size)
-    _, error, unique = _OUT_HEADER.unpack_from(message)
+    _check_size(what, message, OUT_HEADER.size)
+    _, error, unique = OUT_HEADER.unpack_from(message)
     if error:
         raise HandshakeError(f"the FUSE library refuses this kernel: {os.strerror(-error)}")
-    _check_size(what, message, _OUT_HEADER.size + _INIT_OUT.size)
-    fields = _INIT_OUT.unpack_from(message, _OUT_HEADER.size)
+    _check_size(what, message, OUT_HEADER.size + _INIT_OUT.size)
+    fields = _INIT_OUT.unpack_from(message, OUT_HEADER.size)
     _check_major("the FUSE library", fields[0])
     low, high = fields[3], fields[10]
     return InitReply(
@@ -184,6 +183,11 @@ def refuse_async_direct(reply: InitReply) -> InitReply:
     """
     # Not `& ~`, which takes away all flags that have no name here.
     return replace(reply, flags=reply.flags ^ reply.flags & InitFlag.ASYNC_DIO)
+
+
+def cache_symlinks(reply: InitReply, request: InitRequest) -> InitReply:
+    """The reply that also lets the kernel remember targets of symlinks, if it has offered to."""
+    return replace(reply, flags=reply.flags | request.flags & InitFlag.CACHE_SYMLINKS)
 
 
 def _split(flags: InitFlag) -> tuple[int, int]:

@@ -1,11 +1,7 @@
-"""Answers to the kernel's FUSE requests, for all views of the mount.
+"""pyfuse3's handlers: answers to what the relay passes on, for all views of the mount.
 
-Everything is stateless: an inode number tells view and nid, a file handle is the inode number. A
-process that takes the mount over can therefore answer for inodes and handles that it never gave
-out, and FORGET needs no bookkeeping because nothing is remembered.
-
-Images never change, so every answer about them may be cached for ever, "no such name" too. Only
-the mount's own root changes, as views come and go; it is never cached.
+That is what is rare, about the mount's own root, or about a slot that only this knows: `answers`
+has the rest, and there it says what may be remembered and why. Handles are inode numbers here.
 """
 
 from __future__ import annotations
@@ -18,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 import pyfuse3
 
 from index.errors import FirstByteError
+from snapshotter.fuse.answers import AFTER_DOT, AFTER_DOTS
 from snapshotter.fuse.failures import FailureLog
 from snapshotter.fuse.view import pack_inode, unpack_inode
 
@@ -30,11 +27,6 @@ _FOR_EVER = float("inf")  # libfuse and the kernel cut it to what they can count
 _SECTOR = 512  # the unit of st_blocks, whatever a file system's blocks are
 _BLOCK = 4096  # the unit of statfs, and the preferred size of small reads
 _NAME_MAX = 255
-_WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
-
-# Positions in a listing: 1 comes after ".", 2 after "..", then those of the image, moved up by 2.
-_AFTER_DOT = 1
-_AFTER_DOTS = 2
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -65,19 +57,17 @@ class Operations(pyfuse3.Operations):
 
     def __init__(self, views: Views) -> None:
         super().__init__()
-        self._views = views
-        self._failures = FailureLog()
+        self.views = views
+        self.failures = FailureLog(views)
 
     def refuse(self, what: str, inode: int, error: Exception) -> pyfuse3.FUSEError:
         """Log why a request about `inode` failed; returns what to raise."""
-        slot, nid = unpack_inode(inode)
-        view = self._views.in_slot(slot)
-        image = view.reference if view else "no image"
-        return self._failures.refuse(f"{image}: {what} of inode {nid}", error)
+        self.failures.note(what, inode, error)
+        return pyfuse3.FUSEError(errno.EIO)
 
     def _find(self, inode: int) -> tuple[View, int]:
         slot, nid = unpack_inode(inode)
-        view = self._views.in_slot(slot)
+        view = self.views.in_slot(slot)
         if view is None:  # unmounted, but the kernel remembers
             raise pyfuse3.FUSEError(errno.ESTALE)
         return view, nid
@@ -87,7 +77,7 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         if parent_inode == pyfuse3.ROOT_INODE:
-            named = self._views.named(name)
+            named = self.views.named(name)
             if named is None:
                 raise pyfuse3.FUSEError(errno.ENOENT)
             return _view_root(named)
@@ -99,21 +89,12 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        if inode == pyfuse3.ROOT_INODE:
-            return _mount_root(self._views)
         return _attributes(*self._find(inode))
 
     @_answered
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         view, nid = self._find(inode)
         return view.image.readlink(nid)
-
-    @_answered
-    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        if flags & _WRITING:
-            raise pyfuse3.FUSEError(errno.EROFS)
-        self._find(inode)
-        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     @_answered
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -126,22 +107,10 @@ class Operations(pyfuse3.Operations):
             raise self.refuse(f"read of {size} bytes at {off}", fh, error) from error
         return cast("bytes", data)  # pyfuse3 takes any buffer, whatever its annotation says
 
-    async def release(self, fh: int) -> None:
-        pass
-
-    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        pass
-
-    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        return inode
-
-    async def releasedir(self, fh: int) -> None:
-        pass
-
     @_answered
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         listing = (
-            _list_mount_root(self._views, start_id)
+            _list_mount_root(self.views, start_id)
             if fh == pyfuse3.ROOT_INODE
             else _list_directory(*self._find(fh), start_id)
         )
@@ -151,13 +120,11 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        if inode != pyfuse3.ROOT_INODE:
-            view, nid = self._find(inode)
-            if view.image.has_xattrs(nid):
-                value = view.image.xattrs(nid).get(name)
-                if value is not None:
-                    return value
-        raise pyfuse3.FUSEError(errno.ENODATA)
+        view, nid = self._find(inode)
+        value = view.image.xattrs(nid).get(name)
+        if value is None:
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        return value
 
     @_answered
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
@@ -170,8 +137,8 @@ class Operations(pyfuse3.Operations):
         """The sum over all views: the kernel asks for the mount and does not say which file."""
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = _BLOCK
-        data.f_blocks = sum(-(-view.raw_size // _BLOCK) for view in self._views)
-        data.f_files = sum(view.image.inode_count for view in self._views)
+        data.f_blocks = sum(-(-view.raw_size // _BLOCK) for view in self.views)
+        data.f_files = sum(view.image.inode_count for view in self.views)
         data.f_bfree = data.f_bavail = data.f_ffree = data.f_favail = 0
         data.f_namemax = _NAME_MAX
         return data
@@ -225,22 +192,22 @@ def _list_directory(
 
     The kernel takes only number and type of "." and "..", and counts no reference to them.
     """
-    if start < _AFTER_DOT:
-        yield _AFTER_DOT, b".", _attributes(view, nid)
-    if start < _AFTER_DOTS:
+    if start < AFTER_DOT:
+        yield AFTER_DOT, b".", _attributes(view, nid)
+    if start < AFTER_DOTS:
         parent = view.image.lookup(nid, b"..")
-        yield _AFTER_DOTS, b"..", _attributes(view, nid if parent is None else parent)
-    for position, name, child, _ in view.image.readdir(nid, max(start - _AFTER_DOTS, 0)):
-        yield position + _AFTER_DOTS, name, _attributes(view, child)
+        yield AFTER_DOTS, b"..", _attributes(view, nid if parent is None else parent)
+    for position, name, child, _ in view.image.readdir(nid, max(start - AFTER_DOTS, 0)):
+        yield position + AFTER_DOTS, name, _attributes(view, child)
 
 
 def _list_mount_root(
     views: Views, start: int
 ) -> Iterator[tuple[int, bytes, pyfuse3.EntryAttributes]]:
     """The same for the views; their position is their slot, so views may come and go meanwhile."""
-    if start < _AFTER_DOT:
-        yield _AFTER_DOT, b".", _mount_root(views)
-    if start < _AFTER_DOTS:
-        yield _AFTER_DOTS, b"..", _mount_root(views)
-    for view in views.after(start - _AFTER_DOTS):
-        yield view.slot + _AFTER_DOTS, view.name, _view_root(view)
+    if start < AFTER_DOT:
+        yield AFTER_DOT, b".", _mount_root(views)
+    if start < AFTER_DOTS:
+        yield AFTER_DOTS, b"..", _mount_root(views)
+    for view in views.after(start - AFTER_DOTS):
+        yield view.slot + AFTER_DOTS, view.name, _view_root(view)

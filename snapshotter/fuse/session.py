@@ -5,13 +5,13 @@ and mounted here and not by libfuse: the descriptor can then be kept by somebody
 process is replaced, and neither `nosuid` nor `nodev` is added (images hold setuid programs and
 device nodes, as on the file system of an ordinary unpack).
 
-The handshake goes through here, too. libfuse starts on a socket, where it is given the kernel's
-FUSE_INIT and its answer is read; then the device takes the socket's place. So the kernel gets an
-answer that says more than libfuse 3.14 can (idmapped mounts), and a process that takes a mount over
-can start libfuse, although the kernel says FUSE_INIT only once:
+The handshake goes through here, too. libfuse is on a socket and never sees the device. There it is
+given the kernel's FUSE_INIT, and its answer is read. So the kernel gets an answer that says more
+than libfuse 3.14 can (idmapped mounts), a process that takes a mount over can start libfuse,
+although the kernel says FUSE_INIT only once, and most requests are answered without it (`relay`):
 
-    open_mount ─┬─► Connection ──► _libfuse, on the device ──┬─► _accept: FUSE_INIT ──┬─► _answer
-    was kept  ──┘                                            └─► _ask_again: RESEND ──┘
+    open_mount ─┬─► Connection ──► _libfuse, on a socket ──┬─► _accept: FUSE_INIT ──┬─► _answer
+    was kept  ──┘                                          └─► _ask_again: RESEND ──┘
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ import pyfuse3
 import trio
 
 from snapshotter.fuse import handshake
-from snapshotter.fuse.loop import answer_requests
+from snapshotter.fuse.answers import Answers
+from snapshotter.fuse.device import is_connected, open_device
+from snapshotter.fuse.relay import Relay
 from snapshotter.mounts import syscalls
 from snapshotter.mounts.errors import MountError
 from snapshotter.mounts.syscalls import MountFlag
@@ -47,8 +49,6 @@ log = logging.getLogger(__name__)
 FILE_SYSTEM = "fuse.firstbyte"
 """The type of our mounts in /proc/self/mountinfo, on every bind of them too."""
 
-_DEVICE = "/dev/fuse"
-
 # The largest request that libfuse takes is 1 MiB, and read-ahead decides the size of requests:
 # 1 GiB read in order costs this process 0.33 s at 128 KiB (the default), 0.22 s at 1 MiB.
 _READ_AHEAD_KIB = 1024
@@ -59,6 +59,11 @@ _READ_AHEAD_KIB = 1024
 _MAX_BACKGROUND = 256
 
 _READY_SECONDS = 10.0
+
+# One task of pyfuse3's serves one request from start to end, so this is how many may wait. Answers
+# that the socket has no room for are lost, and nobody would ever know: 128 are 160 of the 208 KiB
+# that it has by default. Longer ones come one at a time.
+_MAX_TASKS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +80,7 @@ class Connection:
     @property
     def alive(self) -> bool:
         """Whether it is still mounted somewhere."""
-        poll = select.poll()
-        poll.register(self.device, select.POLLIN)
-        return not any(events & select.POLLERR for _, events in poll.poll(0))
+        return is_connected(self.device)
 
 
 def open_mount(mountpoint: Path) -> Connection:
@@ -85,7 +88,7 @@ def open_mount(mountpoint: Path) -> Connection:
 
     Raises MountError.
     """
-    device = _open_device()
+    device = open_device()
     try:
         options = f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
         syscalls.mount(str(mountpoint), mountpoint, FILE_SYSTEM, MountFlag.READ_ONLY, options)
@@ -129,39 +132,32 @@ async def serve(
     stays, and who uses it waits for somebody who resumes it. Raises MountError.
     """
     request = handshake.parse_request(connection.init)
-    async with _libfuse(operations, connection.device, request) as reply:
+    async with _libfuse(operations, request) as (library, reply):
         if resumed:
             _ask_again(connection.device)
         else:
             reply = handshake.refuse_async_direct(handshake.allow_idmap(reply, request))
-            _accept(connection.device, reply)
-        await _answer(mountpoint, task_status)
+            _accept(connection.device, handshake.cache_symlinks(reply, request))
+        answers = Answers(operations.views, operations.failures, request)
+        relay = Relay(connection.device, library, answers, operations.failures)
+        await _answer(relay, mountpoint, task_status)
 
 
-async def forget_name(name: bytes) -> None:
-    """Make the kernel drop what it remembers of the view `name`, which is no longer shown.
+def forget_name(name: bytes) -> None:
+    """Have the kernel drop, soon, what it remembers of the view `name`, which is no longer shown.
 
-    Not `invalidate_entry_async`: its thread cannot be waited for and serves a process's first
-    session only. In a thread because the kernel may hold the directory's lock in a request that
-    this process has yet to answer.
+    Not `invalidate_entry_async`: its thread serves a process's first session only.
     """
-
-    def invalidate() -> None:
-        with suppress(OSError):  # the kernel had forgotten it already, or the mount is gone
-            pyfuse3.invalidate_entry(pyfuse3.ROOT_INODE, name)
-
-    await trio.to_thread.run_sync(invalidate)
+    with suppress(OSError):  # there is no session any more
+        pyfuse3.invalidate_entry(pyfuse3.ROOT_INODE, name)
 
 
 @asynccontextmanager
 async def _libfuse(
-    operations: Operations, device: int, request: InitRequest
-) -> AsyncIterator[InitReply]:
-    """pyfuse3, ready to serve the connection; yields its answer to FUSE_INIT, which is not sent.
-
-    The answer is read from the other end of a socket. pyfuse3's tasks end before the device takes
-    the socket's place, so that neither trio nor epoll knows the descriptor by then.
-    """
+    operations: Operations, request: InitRequest
+) -> AsyncIterator[tuple[socket.socket, InitReply]]:
+    """pyfuse3, ready to serve: the kernel's end of its socket, and its answer to FUSE_INIT, which
+    is not sent. Its tasks have ended by then."""
     kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
     kernel, stand_in = socket.socketpair(socket.AF_UNIX, kind)
     with kernel:
@@ -170,17 +166,16 @@ async def _libfuse(
         except BaseException:
             stand_in.close()
             raise
-        descriptor = stand_in.detach()  # pyfuse3.close closes it, whatever it is by then
+        stand_in.detach()  # pyfuse3.close closes it
         try:
-            reply = await _ask(kernel, request)
-            os.dup2(device, descriptor, inheritable=False)
-        except BaseException:
+            yield kernel, await _ask(kernel, request)
+        finally:
             pyfuse3.close(unmount=False)
-            raise
-    try:
-        yield reply
-    finally:
-        pyfuse3.close(unmount=False)
+
+
+async def _answer_rest() -> None:
+    """Let pyfuse3 answer what it is given, until cancelled."""
+    await pyfuse3.main(max_tasks=_MAX_TASKS)
 
 
 async def _ask(kernel: socket.socket, request: InitRequest) -> InitReply:
@@ -189,7 +184,7 @@ async def _ask(kernel: socket.socket, request: InitRequest) -> InitReply:
     answer = None
     with trio.move_on_after(_READY_SECONDS):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(answer_requests)
+            nursery.start_soon(_answer_rest)
             await channel.send(request.pack())
             answer = await channel.recv(handshake.REQUEST_BUFFER)
             nursery.cancel_scope.cancel()
@@ -218,13 +213,14 @@ def _ask_again(device: int) -> None:
         )
 
 
-async def _answer(mountpoint: Path, task_status: trio.TaskStatus[None]) -> None:
+async def _answer(relay: Relay, mountpoint: Path, task_status: trio.TaskStatus[None]) -> None:
     async with trio.open_nursery() as nursery:
 
         async def answer() -> None:
-            await answer_requests()
+            await relay.run()
             nursery.cancel_scope.cancel()
 
+        nursery.start_soon(_answer_rest)
         nursery.start_soon(answer)
         with trio.move_on_after(_READY_SECONDS) as waiting:
             # Asks our own mount, so it returns when the kernel has had its answer to FUSE_INIT.
@@ -242,18 +238,6 @@ def _read_request(device: int) -> bytes:
     if not poll.poll(_READY_SECONDS * 1000):
         raise MountError("the kernel does not begin to speak FUSE")
     return os.read(device, handshake.REQUEST_BUFFER)
-
-
-def _open_device() -> int:
-    try:
-        return os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    except PermissionError as error:
-        raise MountError(f"no permission to open {_DEVICE}", hint="run this as root") from error
-    except OSError as error:
-        raise MountError(
-            f"cannot open {_DEVICE}: {error.strerror}",
-            hint="load the kernel module (modprobe fuse) or give the container the device",
-        ) from error
 
 
 def _tune(mountpoint: Path) -> None:

@@ -5,6 +5,7 @@ Nothing here knows pyfuse3; `operations.py` turns requests of the kernel into ca
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from index.errors import FirstByteError, FormatError
@@ -19,21 +20,21 @@ Data = bytes | memoryview
 
 # An inode number of the mount is a view's slot and a nid of its EROFS image. A nid counts 32-byte
 # units of the metadata area; 40 bits are 32 TiB of it. Slot 0 is the mount's own root directory.
-_NID_BITS = 40
-_NID_MASK = (1 << _NID_BITS) - 1
-MAX_SLOT = (1 << (64 - _NID_BITS)) - 1
+NID_BITS = 40
+NID_MASK = (1 << NID_BITS) - 1
+MAX_SLOT = (1 << (64 - NID_BITS)) - 1
 
 
 def pack_inode(slot: int, nid: int) -> int:
     """The inode number of `nid` in the view of `slot`. Raises FormatError for an absurd nid."""
-    if not 0 <= nid <= _NID_MASK:
+    if not 0 <= nid <= NID_MASK:
         raise FormatError(f"inode {nid} lies further in the image than any image reaches")
-    return slot << _NID_BITS | nid
+    return slot << NID_BITS | nid
 
 
 def unpack_inode(inode: int) -> tuple[int, int]:
     """(slot, nid) of an inode number."""
-    return inode >> _NID_BITS, inode & _NID_MASK
+    return inode >> NID_BITS, inode & NID_MASK
 
 
 class RawSpace(Protocol):
@@ -148,6 +149,8 @@ class Views:
     def __init__(self) -> None:
         self._by_name: dict[bytes, View] = {}
         self._by_slot: dict[int, View] = {}
+        self.changed_ns = time.time_ns()
+        """When the set last changed, since the epoch; another number after each change."""
 
     def add(self, view: View) -> None:
         """Show a view from now on.
@@ -160,11 +163,16 @@ class Views:
         assert view.slot not in self._by_slot
         self._by_name[view.name] = view
         self._by_slot[view.slot] = view
+        self._note_change()
 
     def remove(self, view: View) -> None:
         """Stop showing a view; what the kernel still asks about it is answered with ESTALE."""
         del self._by_name[view.name]
         del self._by_slot[view.slot]
+        self._note_change()
+
+    def _note_change(self) -> None:
+        self.changed_ns = max(time.time_ns(), self.changed_ns + 1)
 
     def named(self, name: bytes) -> View | None:
         return self._by_name.get(name)

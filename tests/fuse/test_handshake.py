@@ -15,6 +15,7 @@ from snapshotter.fuse.handshake import (
     InitReply,
     InitRequest,
     allow_idmap,
+    cache_symlinks,
     parse_reply,
     parse_request,
     refuse_async_direct,
@@ -119,6 +120,17 @@ def test_direct_reads_send_one_request_at_a_time_and_nothing_else_changes(reply:
     assert InitFlag.ASYNC_DIO not in refused.flags
     assert replace(refused, flags=reply.flags) == reply
     assert refused.flags | InitFlag.ASYNC_DIO == reply.flags | InitFlag.ASYNC_DIO
+
+
+@given(replies, requests)
+def test_symlinks_are_remembered_if_offered_and_nothing_else_changes(
+    reply: InitReply, request: InitRequest
+) -> None:
+    either = InitFlag.CACHE_SYMLINKS in reply.flags | request.flags
+    caching = parse_reply(cache_symlinks(reply, request).pack())
+    assert (InitFlag.CACHE_SYMLINKS in caching.flags) == either
+    assert replace(caching, flags=reply.flags) == reply
+    assert caching.flags | InitFlag.CACHE_SYMLINKS == reply.flags | InitFlag.CACHE_SYMLINKS
 
 
 @given(st.binary(max_size=120))

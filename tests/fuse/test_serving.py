@@ -5,14 +5,29 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
+from index.tree import Node
+from snapshotter.fuse import waiters, wire
+from snapshotter.fuse.answers import Answers
+from snapshotter.fuse.wire import Opcode, OpenFlag
 from tests.support.serving import MemoryLayer, Served, directory, packed, regular, served, view_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.root
@@ -87,6 +102,29 @@ def listed(mounted: Served) -> list[str]:
     return sorted(os.listdir(mounted.mountpoint))
 
 
+def test_the_list_of_views_is_never_an_old_one(fs: Path) -> None:
+    """The kernel keeps listings; this one is good for as long as its directory's time."""
+    with served(fs) as mounted:
+        for number in range(20):
+            name = b"%d" % number
+            view = view_of(directory({b"f": regular(0)}), [], slot=number + 1, name=name)
+            mounted.views.add(view)
+            for _ in range(2):
+                assert listed(mounted) == [name.decode()]
+                assert [entry.is_dir() for entry in os.scandir(fs)] == [True]
+            mounted.views.remove(view)
+            assert listed(mounted) == []
+            assert not (fs / name.decode()).exists()
+
+
+def test_a_successor_shows_its_own_list_of_views(fs: Path) -> None:
+    with served(fs, view_of(directory({}), [], name=b"first")) as mounted:
+        assert listed(mounted) == ["first"]
+        mounted.views.add(view_of(directory({}), [], slot=2, name=b"second"))
+        mounted.succeed()
+        assert listed(mounted) == ["first", "second"]
+
+
 def test_views_come_and_go(fs: Path) -> None:
     first = view_of(directory({b"f": regular(0)}), [], slot=1, name=b"first")
     second = view_of(directory({b"g": regular(0)}), [], slot=2, name=b"second")
@@ -119,3 +157,156 @@ def test_a_name_that_is_used_again_shows_the_new_image(fs: Path) -> None:
         mounted.forget(b"image")
         mounted.views.add(new)
         assert (fs / "image" / "f").read_bytes() == b"new"
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the kernel asks for what."""
+    counts: Counter[str] = Counter()
+    parse = wire.REQUEST.unpack_from
+
+    def count(buffer: bytearray) -> tuple[int, int, int]:
+        opcode, unique, nodeid = parse(buffer)
+        counts[Opcode(opcode).name if opcode in list(Opcode) else str(opcode)] += 1
+        return opcode, unique, nodeid
+
+    monkeypatch.setattr(wire, "REQUEST", SimpleNamespace(unpack_from=count))
+    return counts
+
+
+def test_what_the_kernel_knows_costs_no_request(fs: Path, requests: Counter[str]) -> None:
+    """Opening, closing, listing, reading, following links and asking for attributes."""
+    files, raw = packed({b"%d" % number: b"content" * number for number in range(50)})
+    files[b"link"] = Node(stat.S_IFLNK | 0o777, target=b"7", size=1)
+    with served(fs, view_of(directory(files), [MemoryLayer(raw)])):
+        image = os.open(fs / "image", os.O_PATH)
+
+        def use() -> None:
+            folder = os.open(".", os.O_RDONLY, dir_fd=image)
+            assert len(os.listdir(folder)) == 51
+            os.close(folder)
+            for name in [str(number) for number in range(50)] + ["link"]:
+                file = os.open(name, os.O_RDONLY, dir_fd=image)
+                os.fstat(file)
+                os.read(file, 4096)
+                os.close(file)
+                with suppress(OSError):
+                    os.getxattr(f"/proc/self/fd/{image}/{name}", b"system.posix_acl_access")
+            with suppress(FileNotFoundError):
+                os.stat("missing", dir_fd=image)
+
+        try:
+            use()
+            assert requests["OPEN"] == requests["OPENDIR"] == 1  # and never again
+            assert requests["READDIRPLUS"] >= 1
+            assert requests["RELEASE"] == requests["RELEASEDIR"] == 0
+            requests.clear()
+            use()
+            assert not requests
+        finally:
+            os.close(image)
+
+
+def test_files_stay_open_while_one_process_succeeds_another(
+    fs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one, as versions before this one, gives out handles. The next one does not."""
+    files, raw = packed({b"f": b"content", b"g": b"other"})
+    with monkeypatch.context() as before:
+        before.setattr(Answers, "_open", answer_with_a_handle)
+        before.setattr(Answers, "_opendir", answer_with_a_handle)
+        with served(fs, view_of(directory(files), [MemoryLayer(raw)])) as mounted:
+            file = os.open(fs / "image" / "f", os.O_RDONLY)
+            folder = os.open(fs / "image", os.O_RDONLY)
+            before.undo()
+            mounted.succeed()
+            assert os.read(file, 100) == b"content"
+            assert sorted(os.listdir(folder)) == ["f", "g"]
+            os.close(file)
+            os.close(folder)
+            assert (fs / "image" / "g").read_bytes() == b"other"
+            mounted.succeed()
+            assert sorted(os.listdir(fs / "image")) == ["f", "g"]
+            assert (fs / "image" / "f").read_bytes() == b"content"
+
+
+def answer_with_a_handle(self: Answers, unique: int, nodeid: int, body: memoryview) -> bytes:
+    return wire.open_reply(unique, nodeid, OpenFlag.KEEP_CACHE)
+
+
+READ_DIRECTLY = """
+import mmap, os, signal, sys
+signal.signal(signal.SIGUSR1, lambda *_: None)
+signal.siginterrupt(signal.SIGUSR1, True)
+file = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
+buffer = mmap.mmap(-1, 4096)
+print("reading", flush=True)
+print(os.preadv(file, [buffer], 0), flush=True)
+"""
+
+
+@contextmanager
+def direct_reader(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A program that reads past the page cache, so that nobody else waits for the data."""
+    command = [sys.executable, "-c", READ_DIRECTLY, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "reading\n"
+            yield process
+        finally:
+            process.kill()
+
+
+class HeldLayer(MemoryLayer):
+    """A layer whose data does not arrive before it is let go."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data, local=False)
+        self.let_go = threading.Event()
+        self.asked = threading.Event()
+
+    async def read(self, offset: int, length: int) -> bytes:
+        self.asked.set()
+        await trio.to_thread.run_sync(self.let_go.wait, abandon_on_cancel=True)
+        return await super().read(offset, length)
+
+
+@pytest.mark.parametrize("fatal", [signal.SIGKILL, signal.SIGTERM, signal.SIGQUIT])
+def test_a_reader_that_is_killed_need_not_wait_for_its_data(
+    fs: Path, fatal: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiters, "_LOOK_SECONDS", 0.01)
+    files, raw = packed({b"f": b"content" * 1000})
+    layer = HeldLayer(raw)
+    with (
+        served(fs, view_of(directory(files), [layer])),
+        direct_reader(fs / "image" / "f") as reader,
+    ):
+        try:
+            assert layer.asked.wait(20)
+            reader.send_signal(signal.SIGUSR1)  # one that it survives, and goes on waiting
+            time.sleep(0.05)
+            assert reader.poll() is None
+            reader.send_signal(fatal)
+            assert reader.wait(20) == -fatal
+        finally:
+            layer.let_go.set()
+        assert (fs / "image" / "f").read_bytes() == b"content" * 1000
+
+
+def test_a_reader_that_is_sent_a_signal_gets_its_data(fs: Path) -> None:
+    files, raw = packed({b"f": b"content" * 1000})
+    layer = HeldLayer(raw)
+    with (
+        served(fs, view_of(directory(files), [layer])),
+        direct_reader(fs / "image" / "f") as reader,
+    ):
+        try:
+            assert layer.asked.wait(20)
+            reader.send_signal(signal.SIGUSR1)
+            time.sleep(0.05)
+        finally:
+            layer.let_go.set()
+        assert reader.stdout is not None
+        assert reader.stdout.read() == "4096\n"

@@ -18,7 +18,7 @@ import pytest
 import trio
 
 from index.errors import FirstByteError
-from snapshotter.fuse import handshake, session
+from snapshotter.fuse import device, handshake, session
 from snapshotter.fuse.handshake import HandshakeError
 from snapshotter.fuse.session import FILE_SYSTEM
 from snapshotter.mounts import syscalls
@@ -29,6 +29,7 @@ from snapshotter.mounts.table import mount_at
 from tests.support.serving import MemoryLayer, directory, packed, served, view_of
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
 
     from snapshotter.fuse.handshake import InitReply, InitRequest
@@ -159,7 +160,7 @@ def test_a_library_that_does_not_answer_ends_the_session(
 ) -> None:
     before = open_files()
     monkeypatch.setattr(session, "_READY_SECONDS", 0.1)
-    monkeypatch.setattr(session, "answer_requests", trio.sleep_forever)
+    monkeypatch.setattr(session, "_answer_rest", trio.sleep_forever)
     with pytest.raises(MountError, match="the FUSE library does not answer"), served(fs):
         pass
     assert mount_at(fs) is None
@@ -201,8 +202,12 @@ def test_a_request_that_the_kernel_takes_back_harms_nobody(
     wait_readable = trio.lowlevel.wait_readable
     waits = 0
 
-    async def fooled(descriptor: int) -> None:
+    async def fooled(descriptor: int | socket.socket) -> None:
         nonlocal waits
+        number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
+        if stat.S_ISSOCK(os.fstat(number).st_mode):  # the library's: nothing is taken back there
+            await wait_readable(descriptor)
+            return
         waits += 1
         if waits % 2:
             await trio.lowlevel.checkpoint()
@@ -321,7 +326,7 @@ def test_a_mount_point_that_does_not_exist_is_a_clear_error(tmp_path: Path) -> N
 def test_without_the_device_the_error_says_what_to_load(
     fs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "_DEVICE", "/dev/no-such-device")
+    monkeypatch.setattr(device, "_PATH", "/dev/no-such-device")
     with pytest.raises(MountError, match="modprobe fuse"), served(fs):
         pass
     assert mount_at(fs) is None

@@ -92,10 +92,18 @@ class Served:
     mountpoint: Path
     views: Views
     token: trio.lowlevel.TrioToken
+    serving: list[trio.CancelScope]
+    started: threading.Event
+
+    def succeed(self) -> None:
+        """Serve anew, as a process does that takes the mount over from one that has ended."""
+        self.started.clear()
+        trio.from_thread.run_sync(self.serving[-1].cancel, trio_token=self.token)
+        assert self.started.wait(STARTING_SECONDS)
 
     def forget(self, name: bytes) -> None:
         """Drop the kernel's memory of a view, as the daemon does after removing one."""
-        trio.from_thread.run(session.forget_name, name, trio_token=self.token)
+        trio.from_thread.run_sync(session.forget_name, name, trio_token=self.token)
 
 
 @contextmanager
@@ -110,16 +118,26 @@ def served(mountpoint: Path, *views: View) -> Iterator[Served]:
     outcome: list[BaseException] = []
     scope = trio.CancelScope()
     tokens: list[trio.lowlevel.TrioToken] = []
+    turns: list[trio.CancelScope] = []
 
     async def serve() -> None:
         tokens.append(trio.lowlevel.current_trio_token())
         with scope:
             connection = session.open_mount(mountpoint)
             try:
-                async with trio.open_nursery() as nursery:
-                    serving = partial(session.serve, resumed=False)
-                    await nursery.start(serving, Operations(registry), connection, mountpoint)
-                    started.set()
+                resumed = False
+                while True:
+                    with trio.CancelScope() as turn:
+                        turns.append(turn)
+                        async with trio.open_nursery() as nursery:
+                            serving = partial(session.serve, resumed=resumed)
+                            await nursery.start(
+                                serving, Operations(registry), connection, mountpoint
+                            )
+                            started.set()
+                    if not turn.cancelled_caught:
+                        break
+                    resumed = True
             finally:
                 session.close_mount(connection, mountpoint)
 
@@ -136,7 +154,7 @@ def served(mountpoint: Path, *views: View) -> Iterator[Served]:
     assert started.wait(STARTING_SECONDS)
     try:
         if thread.is_alive():
-            yield Served(mountpoint, registry, tokens[0])
+            yield Served(mountpoint, registry, tokens[0], turns, started)
     finally:
         if thread.is_alive():
             trio.from_thread.run_sync(scope.cancel, trio_token=tokens[0])
