@@ -89,6 +89,8 @@ class Startups:
                     if recorder is not None:
                         await recorder.settled()
                         await self._keep(image, recorder)
+        except Exception:
+            log.exception("helping %s to start failed in an unforeseen way", image.view.reference)
         finally:
             if recorder is not None and not recorder.stopped:  # it was closed before it settled
                 with trio.CancelScope(shield=True):
@@ -116,8 +118,6 @@ class Startups:
             log.info("%s: its startup pack is here", name)
         except FirstByteError as error:
             log.warning("%s starts without all of its startup pack: %s", name, error)
-        except Exception:
-            log.exception("the startup pack of %s failed in an unforeseen way", name)
 
     async def _delivery(self, image: OpenImage) -> PackDelivery | None:
         """The startup pack of an image whose index was not found with one just now."""
