@@ -18,13 +18,16 @@ COMMANDS = {
     "convert": "snapshotter.cli.convert",
     "daemon": "snapshotter.cli.mount",
     "demo": "snapshotter.cli.demo",
+    "df": "snapshotter.cli.store",
     "doctor": "snapshotter.cli.doctor",
+    "gc": "snapshotter.cli.store",
     "index": "snapshotter.cli.index",
     "mount": "snapshotter.cli.mount",
     "podman": "snapshotter.cli.podman",
     "profile": "snapshotter.cli.profile",
     "status": "snapshotter.cli.mount",
     "umount": "snapshotter.cli.mount",
+    "why": "snapshotter.cli.why",
 }
 
 

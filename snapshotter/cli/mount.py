@@ -173,6 +173,8 @@ def status(root: Path | None, state: Path | None, as_json: bool) -> None:
         click.echo(f"podman: {', '.join(image.names) or image.id[:12]}, {progress_of(image)}")
     if reply.containerd is not None:
         _print_containerd(reply.containerd)
+    if reply.store is not None:
+        click.echo(_store_line(reply.store))
     if reply.retries or reply.damaged:
         click.echo(
             f"requests made again: {reply.retries}, damaged chunks and spans: {reply.damaged}"
@@ -255,6 +257,12 @@ def _print_containerd(status: protocol.ContainerdStatus) -> None:
             f"not lazy: {fallback.reference or 'an image without labels'}: {fallback.reason} "
             f"({fallback.kind}, {fallback.count} times, last at {when:%Y-%m-%d %H:%M:%S})"
         )
+
+
+def _store_line(store: protocol.StoreStatus) -> str:
+    line = f"store: {progress.mb(store.used)} of {progress.mb(store.limit)}"
+    line += f", {progress.mb(store.free)} free on its disk"
+    return f"{line}; {store.problem}" if store.problem else line
 
 
 _Shown = protocol.MountStatus | protocol.ImageStatus | protocol.PodmanImage

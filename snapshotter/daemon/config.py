@@ -6,6 +6,7 @@ installed are made from them (scripts/make-config-reference).
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import tomllib
@@ -27,6 +28,7 @@ from snapshotter.daemon.config_check import (
 )
 from snapshotter.daemon.errors import ConfigError
 from snapshotter.daemon.places import Places
+from snapshotter.store.space import Amount, Bounds
 
 DEFAULT_CONFIG = Path("/etc/firstbyte/config.toml")
 DEFAULT_ROOT = Path("/var/lib/firstbyte")
@@ -40,6 +42,8 @@ MAX_BYTES = 1 << 20
 # more. In the state directory the longest is the control socket's.
 _ADDRESS_BYTES = 107 - 3
 _STATE_BYTES = 107 - len(Places(Path(), Path("/")).socket.as_posix())
+
+_LEAST = 64 << 20  # bytes: some images' start, and room to move
 
 _REFERENCE = re.compile(r"[\w.:/@*?!\[\]-]+", re.ASCII)  # what references and patterns are made of
 _TAGGED = re.compile(r".+/[^/]*[:@][^/]+")
@@ -80,6 +84,27 @@ def _pattern_rule(pattern: str) -> Wrong | None:
         full = full if ":" in full.rpartition("/")[2] else f"{full}:*"
         return Wrong(f"{shown} is not a whole reference", f"did you mean {in_toml(full)}?")
     return None
+
+
+def _amount(text: str) -> Amount | Wrong:
+    try:
+        return Amount.parse(text)
+    except ValueError as error:
+        return Wrong(f"{in_toml(text)}: {error}", 'write "50 GiB", "500 MB" or "40%"')
+
+
+def _limit_rule(text: str) -> Wrong | None:
+    amount = _amount(text)
+    if isinstance(amount, Amount) and amount.of(_LEAST * 100) < _LEAST:
+        return Wrong(f"{in_toml(text)} is too little to work with", '"64 MiB" and "1%" are least')
+    return amount if isinstance(amount, Wrong) else None
+
+
+def _keep_free_rule(text: str) -> Wrong | None:
+    amount = _amount(text)
+    if isinstance(amount, Amount) and amount.share > 0.9:
+        return Wrong(f"{in_toml(text)} leaves no room for images", '"90%" is most')
+    return amount if isinstance(amount, Wrong) else None
 
 
 class RegistryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -144,6 +169,63 @@ class MountsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = "auto"
 
 
+class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How much of the disk below `root` images' data may take: bytes, or a share of that disk."""
+
+    limit: Annotated[
+        str,
+        described(
+            'The most that images\' data may take, such as `"50 GiB"` or `"40%"`; what containers '
+            "write is not counted. Near it background downloads stop and images that nobody uses "
+            "go; then goes what containers have not read for longest, and is fetched again when "
+            "it is read.",
+            _limit_rule,
+        ),
+    ] = "100%"
+    keep_free: Annotated[
+        str,
+        described(
+            "What is to stay free on the disk, whoever takes the rest. With less than that, "
+            "background downloads stop and images that nobody uses go; with less than half of it, "
+            "what containers read goes, too. The kubelet, which knows what it needs, acts first: "
+            "its thresholds are 15 % and more.",
+            _keep_free_rule,
+        ),
+    ] = "10%"
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(limit=Amount.parse(self.limit), keep_free=Amount.parse(self.keep_free))
+
+
+def _metrics_rule(text: str) -> Wrong | None:
+    if not text:
+        return None
+    if text.startswith("/"):
+        return _address_rule(Path(text))
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        return Wrong(f"{in_toml(text)} is neither HOST:PORT nor the path of a socket")
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return Wrong(f"{in_toml(host)} is no IP address", 'as in "127.0.0.1:9431"')
+    return None
+
+
+class MetricsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Figures for Prometheus."""
+
+    address: Annotated[
+        str,
+        described(
+            'Where `GET /metrics` is answered: `"127.0.0.1:9431"`, or the path of a unix socket. '
+            "Everybody who can connect can read. Without it nobody listens.",
+            _metrics_rule,
+        ),
+    ] = ""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where things are on the node."""
 
@@ -173,6 +255,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     registry: RegistryConfig = RegistryConfig()
     images: ImagesConfig = ImagesConfig()
     mounts: MountsConfig = MountsConfig()
+    store: StoreConfig = StoreConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     @property
     def socket(self) -> Path:

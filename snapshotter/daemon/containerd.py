@@ -44,6 +44,10 @@ class Containerd:
         self._counters = counters
         self._idmapped = idmapped
 
+    def snapshots(self) -> dict[str, int]:
+        """How many snapshots there are of images' layers, by the images' digests."""
+        return self._lazies.claimed()
+
     async def status(self) -> protocol.ContainerdStatus:
         """What there is, and what could not be lazy and why."""
         stats = await self._snapshotter.stats()
@@ -93,6 +97,7 @@ async def serve_containerd(
     counters = CallCounters()
     try:
         await snapshotter.recover()
+        images.claims.append(lazies.claimed)
         idmapped = await trio.to_thread.run_sync(can_idmap, places.mount)
         listener = await trio.to_thread.run_sync(inheritance.containerd_listener, config.socket)
         try:

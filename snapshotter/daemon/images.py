@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakValueDictionary
 
 import trio
@@ -29,13 +30,16 @@ from snapshotter.fetch.fill import ImageFill
 from snapshotter.fetch.layer import LazyLayer
 from snapshotter.fetch.source import ImageLayerSource
 from snapshotter.fetch.startup import StartupRecorder
+from snapshotter.fetch.trace import StartTrace
 from snapshotter.images.discovery import FoundIndex, Trust, accept, find_index
 from snapshotter.images.indexing import build_index
 from snapshotter.images.prefix import build_prefix
 from snapshotter.registry.platform import Platform
+from snapshotter.store.collection import InUse
+from snapshotter.store.errors import StoreFullError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Awaitable, Callable, Collection, Iterable
     from pathlib import Path
 
     from snapshotter.daemon.places import Places
@@ -49,6 +53,8 @@ if TYPE_CHECKING:
     from snapshotter.store.layers import LayerStore
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _LOWER = ".lower"  # ends the names of views that show only the lower layers of an image
 
@@ -85,6 +91,12 @@ class Images:
         self._showing = Showing(places, views, records, write_tree=self._knowledge.tree_of)
         self._completion = Completion(self._knowledge, self._showing)
         self._startups = Startups(places.root, scheduler, nursery, trusted=trusted)
+        self.claims: list[Callable[[], Iterable[str]]] = []
+        """Those who tell which images are in use, open or not, by their manifests' digests."""
+
+        self.make_room: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        """What to do when the disk is full and an image is to be opened."""
+
         self._open: dict[tuple[bytes, bool], OpenImage] = {}  # index digest, whether all layers
         self._opening: WeakValueDictionary[object, trio.Lock] = WeakValueDictionary()
 
@@ -140,16 +152,18 @@ class Images:
         """As `acquire`, and what the reference stands for: several images may be open as one."""
         wanted = Platform.parse(platform) if platform else Platform.host()
         source = self._locate(plain_http or None).source(reference)
+        trace, began = StartTrace(), trio.current_time()
         resolved = await self._knowledge.resolve(reference)
         if resolved is None:
             resolved = await source.resolve(wanted)
+        began = trace.step("resolve", began)
         digest = resolved.descriptor.digest
         async with self._one_at_a_time(digest):
             image = self.having(digest)
             if image is not None:
                 image.users += 1
                 return image, resolved
-            spool = Spool(self._root)
+            spool = Spool(self._root, self._store.space)
             expected = Expected(self._startups, source)
             try:
                 if index is not None:
@@ -158,15 +172,18 @@ class Images:
                     found = await self._knowledge.index_of(resolved) or await self._find(
                         source, resolved, spool, expected, report, may_build=may_build
                     )
+                began = trace.step("file index", began)
                 image = await self._share(
                     resolved,
                     source,
                     found,
                     spool,
+                    trace,
                     plain_http=plain_http,
                     starts=True,
                     expected=expected,
                 )
+                trace.step("open", began)
             except BaseException:
                 spool.close()
                 raise
@@ -194,7 +211,7 @@ class Images:
             image.users += 1
         try:
             built = await build_prefix(image.found.index, image.layers, depth)
-            await self._knowledge.keep_prefix(digest, depth, built)
+            await self._written(partial(self._knowledge.keep_prefix, digest, depth, built))
         finally:
             with trio.CancelScope(shield=True):
                 await self.release(image)
@@ -220,9 +237,16 @@ class Images:
             )
         resolved, found = recalled
         source = self._locate(plain_http or None).source(resolved.name)
-        spool = Spool(self._root)
+        spool = Spool(self._root, self._store.space)
         return await self._share(
-            resolved, source, found, spool, plain_http=plain_http, fill=fill, starts=starts
+            resolved,
+            source,
+            found,
+            spool,
+            StartTrace(),
+            plain_http=plain_http,
+            fill=fill,
+            starts=starts,
         )
 
     async def open_known(self, digest: str) -> OpenImage:
@@ -248,6 +272,10 @@ class Images:
     async def settle(self) -> None:
         """To be called when the FUSE mount is served, before anything else asks it."""
         await self._showing.settle()
+
+    def all(self) -> list[OpenImage]:
+        """The images that are open, those of lower layers alone left out."""
+        return [image for image in self._open.values() if image.is_whole]
 
     @property
     def none_open(self) -> bool:
@@ -286,6 +314,22 @@ class Images:
         for resolved in list(image.manifests.values()):
             await self._knowledge.remember(resolved, image.found)
 
+    def in_use(self) -> InUse:
+        """What must not be deleted. For a plan from what was on the disk before this is asked."""
+        images = {digest for image in self._open.values() for digest in image.manifests}
+        return InUse(
+            images=images.union(*(claimed() for claimed in self.claims)),
+            indexes={digest for digest, _ in self._open} | self._knowledge.unrecorded,
+            layers=self._store.open_keys(),
+        )
+
+    def diminish(self, keys: Collection[bytes]) -> None:
+        """Chunks of layers with these content keys were evicted."""
+        lost = set(keys)
+        for image in self._open.values():
+            if not image.quarantined and any(one.stored.key in lost for one in image.layers):
+                image.diminish()
+
     def disk_usage(self, content_key: bytes) -> int:
         """Bytes of disk that a layer's data takes now. Blocks."""
         return self._store.usage_of(content_key)
@@ -308,6 +352,8 @@ class Images:
             await self._showing.remove(image.shown)
             for layer in image.layers:
                 layer.close()
+            for digest in image.manifests:
+                self._knowledge.touch(digest)
             log.info("closed %s", image.view.reference)
 
     async def forget(self, digest: str) -> None:
@@ -316,9 +362,14 @@ class Images:
         Raises StoreError.
         """
         async with self._one_at_a_time(digest):
-            if self.having(digest) is None:
+            if digest not in self.in_use().images:
                 in_use = [index_digest for index_digest, _ in self._open]
                 await self._knowledge.forget(digest, self._store, in_use)
+
+    async def forget_index(self, digest: bytes) -> None:
+        """Delete an index that no image has, unless it is in use. Raises StoreError."""
+        if digest not in self.in_use().indexes:
+            await trio.to_thread.run_sync(self._knowledge.forget_index, digest)
 
     async def trim(self, digest: str, depth: int) -> None:
         """Delete what only the layers above the lower `depth` ones of an image need, unless it is
@@ -340,6 +391,7 @@ class Images:
         source: ImageSource,
         found: FoundIndex,
         spool: Spool,
+        trace: StartTrace,
         *,
         plain_http: bool,
         fill: bool = True,
@@ -358,7 +410,7 @@ class Images:
             if image is None:
                 recorder = StartupRecorder() if starts and whole else None
                 image = self._open[key] = await self._make(
-                    resolved, source, found, recorder, plain_http=plain_http
+                    resolved, source, found, recorder, trace, plain_http=plain_http
                 )
                 if whole:
                     await self._completion.keep(image)  # a successor must be able to open it
@@ -382,11 +434,14 @@ class Images:
         source: ImageSource,
         found: FoundIndex,
         recorder: StartupRecorder | None,
+        trace: StartTrace,
         *,
         plain_http: bool,
     ) -> OpenImage:
         index = found.index
-        stored = await trio.to_thread.run_sync(self._store.open_all, index.layers)
+        stored = await self._written(
+            partial(trio.to_thread.run_sync, self._store.open_all, index.layers)
+        )
         layers = [
             LazyLayer(
                 table,
@@ -394,6 +449,7 @@ class Images:
                 ImageLayerSource(source, resolved.manifest.layers[number], index, number),
                 self._scheduler,
                 recorder=recorder,
+                trace=trace,
                 number=number,
             )
             for number, table in enumerate(index.layers)
@@ -430,8 +486,18 @@ class Images:
         if local and recorder is not None:
             recorder.stop()  # the kernel reads from the disk, and we see next to nothing
         image = OpenImage(
-            manifests, source, found, shown, layers, fill, plain_http=plain_http, local=local
+            manifests,
+            source,
+            found,
+            shown,
+            layers,
+            fill,
+            trace,
+            plain_http=plain_http,
+            local=local,
         )
+        if recorder is not None:
+            trace.touches = recorder.touches
         log.info(
             "opened %s: %s, %d of %d layers, %d inodes, file index sha256:%s (%s)",
             resolved.name,
@@ -448,7 +514,8 @@ class Images:
         data = await trio.Path(path).read_bytes()
         with about(str(path)):
             index = await trio.to_thread.run_sync(accept, data, resolved)
-        return FoundIndex(await self._knowledge.keep_index(index), Trust.GIVEN)
+        kept = await self._written(partial(self._knowledge.keep_index, index))
+        return FoundIndex(kept, Trust.GIVEN)
 
     async def _find(
         self,
@@ -476,4 +543,14 @@ class Images:
                 on_raw=spool.writer,
             )
             found = FoundIndex(index, Trust.LOCAL)
-        return replace(found, index=await self._knowledge.keep_index(found.index))
+        kept = await self._written(partial(self._knowledge.keep_index, found.index))
+        return replace(found, index=kept)
+
+    async def _written(self, write: Callable[[], Awaitable[_T]]) -> _T:
+        """The result of what writes to the store. On a full disk room is made for it, once."""
+        try:
+            return await write()
+        except StoreFullError as error:
+            log.warning("making room: %s", error)
+            await self.make_room()
+            return await write()

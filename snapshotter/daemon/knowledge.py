@@ -36,6 +36,9 @@ class Knowledge:
         """Raises StoreError."""
         self._records = ImageStore(root)
         self._indexes = IndexStore(root)
+        self.unrecorded: set[bytes] = set()
+        """Digests of indexes that were kept, and that no record names yet: an image is being opened
+        with them, or could not be."""
 
     async def resolve(self, reference: str) -> ResolvedImage | None:
         """An image that is named by its manifest's digest, if this node has had it before.
@@ -89,6 +92,7 @@ class Knowledge:
         """Store an index and map it from there, which costs no memory. Raises StoreError."""
 
         def keep() -> FileIndex:
+            self.unrecorded.add(index.digest)
             self._indexes.put(index.digest, index.expanded)
             kept = self._open(index.digest)
             assert kept is not None
@@ -113,9 +117,15 @@ class Knowledge:
         if known is not None and known.index_digest == record.index_digest:
             record = msgspec.structs.replace(record, prefixes=known.prefixes)
         if known == record:
-            return
-        await trio.to_thread.run_sync(self._indexes.sync, record.index_digest)
-        await trio.to_thread.run_sync(self._records.put, record)
+            self.touch(record.manifest_digest)
+        else:
+            await trio.to_thread.run_sync(self._indexes.sync, record.index_digest)
+            await trio.to_thread.run_sync(self._records.put, record)
+        self.unrecorded.discard(record.index_digest)
+
+    def touch(self, manifest_digest: str) -> None:
+        """An image is used now."""
+        self._records.touch(manifest_digest)
 
     async def prefix_of(self, manifest_digest: str, depth: int) -> FileIndex | None:
         """The file index of an image's lower `depth` layers, if this node has made it before."""
@@ -144,6 +154,7 @@ class Knowledge:
             if known is not None:
                 prefixes = {**known.prefixes, depth: index.digest}
                 self._records.put(msgspec.structs.replace(known, prefixes=prefixes))
+                self.unrecorded.discard(index.digest)
 
         await trio.to_thread.run_sync(record)
         return kept
@@ -190,6 +201,10 @@ class Knowledge:
             store.remove([key for key in gone if key not in used])
 
         await trio.to_thread.run_sync(sweep)
+
+    def forget_index(self, digest: bytes) -> None:
+        """Delete an index that no image has. Blocks. Raises StoreError."""
+        self._indexes.remove(digest)
 
     def tree_of(self, index: FileIndex) -> Path:
         """The EROFS image of an index, as a file of its own. Blocks. Raises StoreError."""

@@ -147,6 +147,12 @@ class LazySnapshots:
         for image in self._known.values():
             await self._close(image)
 
+    def claimed(self) -> dict[str, int]:
+        """The images that there are snapshots of, and how many."""
+        return {
+            digest: image.layers.total() for digest, image in self._known.items() if image.layers
+        }
+
     def open_images(self) -> Iterator[tuple[OpenImage, int]]:
         """What is shown for containerd, and how many snapshots there are of each image's layers."""
         for image in self._known.values():

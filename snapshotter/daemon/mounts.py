@@ -23,7 +23,7 @@ class MountState(enum.Enum):
 
     PREPARING = "preparing"  # the image is being found and opened; the directory is still empty
     SERVING = "serving"  # mounted; what is read is fetched
-    LOCAL = "local"  # mounted, and every chunk is on this node
+    LOCAL = "local"  # mounted, and every chunk is on this node; some may be evicted later
     QUARANTINED = "quarantined"  # mounted, but reads fail: its file index has lied about it
     GONE = "gone"
 
@@ -31,7 +31,7 @@ class MountState(enum.Enum):
 _MAY_BECOME = {
     MountState.PREPARING: {MountState.SERVING, MountState.GONE},
     MountState.SERVING: {MountState.LOCAL, MountState.QUARANTINED, MountState.GONE},
-    MountState.LOCAL: {MountState.GONE},
+    MountState.LOCAL: {MountState.SERVING, MountState.GONE},
     MountState.QUARANTINED: {MountState.GONE},
     MountState.GONE: set[MountState](),
 }
@@ -42,8 +42,9 @@ class Mount:
     """A mount, from the moment its directory is claimed.
 
     `image` and `mode` are None while it is being found, `why` says why the mode is no better.
-    `ended_serving` is set when the state is one that comes after SERVING, `forgotten` when nothing
-    of it is left on disk.
+    `ended_serving` is set when the state is one that comes after SERVING for the first time,
+    `forgotten` when nothing of it is left on disk. `watching` is the scope of the task that notices
+    what becomes of it.
     """
 
     target: Path
@@ -54,6 +55,7 @@ class Mount:
     why: str = ""
     ended_serving: trio.Event = field(default_factory=trio.Event)
     forgotten: trio.Event = field(default_factory=trio.Event)
+    watching: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     def become(self, state: MountState) -> None:
         """Go to another state; this is the only place that does."""

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from snapshotter.daemon.showing import Shown
     from snapshotter.fetch.fill import ImageFill
     from snapshotter.fetch.layer import LazyLayer
+    from snapshotter.fetch.trace import StartTrace
     from snapshotter.fuse.view import View
     from snapshotter.images.discovery import FoundIndex
     from snapshotter.registry.image import ImageSource, ResolvedImage
@@ -20,7 +21,8 @@ class OpenImage:
 
     `manifests` are those that it is the image of, by digest: they may differ in anything but their
     layers. `settled` is set when the background fill has ended: all of the image is here, or it is
-    in quarantine, or it was closed. `starting` is the scope of what is done for a start.
+    in quarantine, or it was closed. When some of it is evicted later, `diminished` is set, and both
+    events give way to new ones. `starting` is the scope of what is done for a start.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class OpenImage:
         shown: Shown,
         layers: list[LazyLayer],
         fill: ImageFill,
+        trace: StartTrace,
         *,
         plain_http: bool,
         local: bool,
@@ -41,14 +44,32 @@ class OpenImage:
         self.shown = shown
         self.layers = layers
         self.fill = fill
+        self.trace = trace
         self.plain_http = plain_http
         self.users = 1
         self.settled = trio.Event()
+        self.diminished = trio.Event()
         self.scope = trio.CancelScope()
         self.starting = trio.CancelScope()
 
-        self.local = local
+        self._proven = local
+
+    @property
+    def local(self) -> bool:
         """Whether every chunk is here, and layers and tree are proven to be the image's."""
+        return self._proven and all(layer.stored.complete for layer in self.layers)
+
+    def become_local(self) -> None:
+        """All of it is here, and proven."""
+        self._proven = True
+
+    def diminish(self) -> None:
+        """Some of it is not here any more."""
+        self._proven = False
+        if self.settled.is_set():
+            diminished = self.diminished
+            self.settled, self.diminished = trio.Event(), trio.Event()
+            diminished.set()
 
     @property
     def resolved(self) -> ResolvedImage:

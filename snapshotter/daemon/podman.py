@@ -115,6 +115,10 @@ class PodmanImages:
     def status(self) -> list[protocol.PodmanImage]:
         return [_status(served) for served in self._served.values()]
 
+    def claimed(self) -> dict[str, str]:
+        """The images in the store, by their manifests' digests, and what podman calls them."""
+        return {served.image.original: _name(served.image) for served in self._served.values()}
+
     async def close(self) -> None:
         """Serve none of them any more; the store stays as it is."""
         for served in self._served.values():

@@ -22,6 +22,7 @@ from snapshotter.daemon.containerd import serve_containerd
 from snapshotter.daemon.descriptors import descriptor_store
 from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.handover import Inheritance, let_go_of_dying
+from snapshotter.daemon.housekeeping import Housekeeping
 from snapshotter.daemon.images import Images
 from snapshotter.daemon.places import Places, locked, locked_by
 from snapshotter.daemon.records import Records
@@ -99,7 +100,7 @@ async def run(
         stop = Stop()
         stop.leaves = resumed  # if this start fails, somebody else may do better
         try:
-            store = held.enter_context(LayerStore(places.root))
+            store = held.enter_context(LayerStore(places.root, config.store.bounds))
             async with Transport() as transport, open_nursery() as nursery:
                 nursery.start_soon(_stop_on_signal, stop)
                 nursery.start_soon(keep_flushed, store)
@@ -163,12 +164,15 @@ async def _serve(
             trusted=[Trust(way) for way in config.images.trust],
             mode=None if config.mounts.mode == "auto" else Mode(config.mounts.mode),
         )
+        housekeeping = Housekeeping(parts.store, images)
         await images.restore()  # before the kernel asks for any of them
         await answering.start(_serve_mount, views, parts.connection, places, resumed, stop)
         if not resumed:
             await trio.to_thread.run_sync(parts.records.serve, parts.connection.init)
         await images.settle()
-        service = Service(places, images, parts.records, nursery, stop=stop, stay=stay)
+        service = Service(
+            places, images, parts.records, nursery, housekeeping, stop=stop, stay=stay
+        )
         await service.restore()
         stop.leaves = False
         try:
@@ -179,6 +183,13 @@ async def _serve(
                     )
                 else:
                     await images.close_unused()
+                nursery.start_soon(housekeeping.run)
+                if config.metrics.address:
+                    from snapshotter.daemon.metrics import serve_metrics  # 0.1 s
+
+                    await nursery.start(
+                        serve_metrics, config.metrics.address, service.status, images.stats
+                    )
                 nursery.start_soon(notify.beat, functools.partial(_sign_of_life, places))
                 await _answer_clients(places, service, stop, stay=stay, ready=ready)
                 if images.none_open:

@@ -20,8 +20,8 @@ But for Hello, HandOverRequest, StopRequest and their replies, which never chang
 way back, are between two versions.
 """
 
-MAX_MESSAGE = 1 << 20
-"""Bytes of the longest line: the status of some two thousand mounts."""
+MAX_MESSAGE = 16 << 20
+"""Bytes of the longest line: the disk usage of some twenty thousand layers."""
 
 UNSERVED = "unserved"
 """The state of an image that podman knows, and that cannot be read."""
@@ -86,6 +86,25 @@ class StopRequest(msgspec.Struct, frozen=True, tag="stop"):
 
 class HandOverRequest(msgspec.Struct, frozen=True, tag="hand over"):
     """End, and leave everything to the daemon that asks."""
+
+
+class CollectRequest(msgspec.Struct, frozen=True, kw_only=True, tag="collect"):
+    """Delete from the store what nothing names and what its bounds ask for; with `everything` all
+    that is not in use. With `dry_run` nothing is deleted."""
+
+    everything: bool = False
+    dry_run: bool = False
+
+
+class DiskUsageRequest(msgspec.Struct, frozen=True, tag="disk usage"):
+    """Tell what takes how much of the store."""
+
+
+class WhyRequest(msgspec.Struct, frozen=True, tag="why"):
+    """Tell what the start of an open image waited for: named by a directory it is mounted at, its
+    reference, or its digest or the beginning of that."""
+
+    name: str
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -209,12 +228,24 @@ class ContainerdStatus(msgspec.Struct, frozen=True, kw_only=True):
     calls: list[Calls]
 
 
+class StoreStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The store, in bytes of disk: what it takes, the most it may take now, what is free on its
+    disk, and what was evicted since the daemon's start. `problem` is what is wrong with it, in one
+    line, or empty."""
+
+    used: int
+    limit: int
+    free: int
+    evicted: int
+    problem: str = ""
+
+
 class Status(msgspec.Struct, frozen=True, tag="status"):
     """The reply to StatusRequest. `fetched` goes by class: blocked, readahead, startup, fill.
 
     `retries` counts requests that were made again, `damaged` what came damaged from a registry.
-    `containerd` is None if this daemon does not serve it. `podman` lists what is in
-    its image store.
+    `containerd` is None if this daemon does not serve it, `store` if no daemon runs. `podman` lists
+    what is in its image store.
     """
 
     pid: int
@@ -226,6 +257,133 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     damaged: int = 0
     containerd: ContainerdStatus | None = None
     podman: list[PodmanImage] = []
+    store: StoreStatus | None = None
+
+
+class Garbage(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that goes. `kind` is layer, index, image or file; `name` a content key or digest in
+    hexadecimal, an image's digest, or a path; `bytes` are of disk, `used_ns` is when it was last
+    used (nanoseconds since the epoch), 0 where that is not known."""
+
+    kind: str
+    name: str
+    why: str
+    bytes: int
+    reference: str = ""
+    used_ns: int = 0
+
+
+class Collected(msgspec.Struct, frozen=True, tag="collected"):
+    """The reply to CollectRequest. `freed` are bytes of disk."""
+
+    garbage: list[Garbage]
+    freed: int
+
+
+class LayerUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """A layer in the store, named by its content `key`. `digests` are what images call it.
+
+    `size` is raw space, `local` how much of that is here, `disk` what it takes. `images` counts
+    those that have it.
+    """
+
+    key: str
+    digests: list[str]
+    size: int
+    local: int
+    disk: int
+    used_ns: int
+    images: int
+    in_use: bool
+
+
+class ImageUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """An image in the store. Of the bytes of disk that it takes, others have `shared`, too, and no
+    other has `exclusive`. `layers` are keys, lowest first; `users` say who uses it."""
+
+    reference: str
+    digest: str
+    size: int
+    local: int
+    shared: int
+    exclusive: int
+    used_ns: int
+    users: list[str]
+    layers: list[str]
+
+
+class DiskUsage(msgspec.Struct, frozen=True, kw_only=True, tag="disk usage"):
+    """The reply to DiskUsageRequest. `unnamed` are bytes of disk that no image has."""
+
+    images: list[ImageUsage]
+    layers: list[LayerUsage]
+    used: int
+    unnamed: int
+    limit: int
+    free: int
+
+
+class TracedStep(msgspec.Struct, frozen=True, array_like=True):
+    """A step of opening an image. Times are seconds since the beginning of the record."""
+
+    name: str
+    at: float
+    seconds: float
+
+
+class TracedStall(msgspec.Struct, frozen=True, array_like=True):
+    """A read that waited: of `length` bytes at `offset` of a layer's raw space. `layer` is its
+    number in the file index."""
+
+    layer: int
+    offset: int
+    length: int
+    at: float
+    seconds: float
+
+
+class TracedExchange(msgspec.Struct, frozen=True, array_like=True):
+    """A request of a class (`kind`), `bytes` as on the network. `answered` and `ended` are
+    negative if it had not been, or had not ended."""
+
+    layer: int
+    kind: str
+    at: float
+    answered: float
+    ended: float
+    bytes: int
+
+
+class TracedChunk(msgspec.Struct, frozen=True, array_like=True):
+    """A chunk that was fetched for a class, or on the way to others (`cause` empty), with its
+    length. `read` tells whether it was read."""
+
+    layer: int
+    chunk: int
+    length: int
+    cause: str
+    read: bool
+
+
+class StartRecord(msgspec.Struct, frozen=True, kw_only=True, tag="start record"):
+    """The reply to WhyRequest: what was recorded since `began_ns` (of the epoch), `seconds` ago.
+
+    `window` is for how many seconds it is recorded. `index` is the digest of the image's file index
+    in hexadecimal. `first_reads` counts the chunks that were read.
+    """
+
+    reference: str
+    digest: str
+    index: str
+    layers: list[str]
+    began_ns: int
+    seconds: float
+    window: float
+    steps: list[TracedStep]
+    stalls: list[TracedStall]
+    exchanges: list[TracedExchange]
+    chunks: list[TracedChunk]
+    first_reads: int
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -243,8 +401,11 @@ Request = (
     | StatusRequest
     | StopRequest
     | HandOverRequest
+    | CollectRequest
+    | DiskUsageRequest
+    | WhyRequest
 )
-Reply = Mounted | Unmounted | PodmanAdded | Status | Failed
+Reply = Mounted | Unmounted | PodmanAdded | Status | Collected | DiskUsage | StartRecord | Failed
 FromDaemon = Hello | Progress | Reply
 
 _encoder = msgspec.json.Encoder()

@@ -21,6 +21,7 @@ from snapshotter.daemon.mounts import Mount, MountState
 from snapshotter.daemon.podman import PodmanImages
 from snapshotter.daemon.records import MountRecord
 from snapshotter.daemon.showing import Mode
+from snapshotter.daemon.starts import is_named, start_record
 from snapshotter.mounts import syscalls
 from snapshotter.mounts.errors import MountBusyError, MountError, MountPointError
 from snapshotter.mounts.mountpoint import check_mount_point
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from snapshotter.daemon.containerd import Containerd
+    from snapshotter.daemon.housekeeping import Housekeeping
     from snapshotter.daemon.images import Images
     from snapshotter.daemon.open_image import OpenImage
     from snapshotter.daemon.places import Places
@@ -51,6 +53,7 @@ class Service:
         images: Images,
         records: Records,
         nursery: trio.Nursery,
+        housekeeping: Housekeeping,
         *,
         stop: Stop,
         stay: bool,
@@ -60,12 +63,14 @@ class Service:
         self._images = images
         self._records = records
         self._nursery = nursery
+        self._housekeeping = housekeeping
         self._stop = stop
         self._stay = stay
         self._mounts: dict[Path, Mount] = {}
         self._requests: set[trio.CancelScope] = set()
         self._refusing = False
         self._podman = PodmanImages(places.podman_images, images, nursery)
+        images.claims.append(self._podman.claimed)
         self.containerd: Containerd | None = None
         """The snapshotter, if this daemon has one."""
 
@@ -108,7 +113,15 @@ class Service:
                 await self._podman.remove(request)
                 return protocol.Unmounted(ending=self.idle and not self._stay)
             case protocol.StatusRequest():
-                return await self._status()
+                return await self.status()
+            case protocol.CollectRequest():
+                return await self._housekeeping.collect(
+                    everything=request.everything, dry_run=request.dry_run
+                )
+            case protocol.DiskUsageRequest():
+                return await self._housekeeping.usage(self._users())
+            case protocol.WhyRequest():
+                return start_record(self._named(request.name))
             case protocol.StopRequest():
                 self._stop.take_down()
                 return protocol.Unmounted(ending=True)
@@ -222,21 +235,29 @@ class Service:
             return None
 
     async def _watch(self, mount: Mount) -> None:
-        """From SERVING on, when the background fill has ended."""
-        assert mount.image is not None
-        await mount.image.settled.wait()
-        if mount.state is MountState.SERVING:
-            if mount.image.local:
-                mount.become(MountState.LOCAL)
-            elif mount.image.quarantined:
-                mount.become(MountState.QUARANTINED)
+        """From SERVING on: has the background fill ended, or was some of it evicted again?"""
+        image = mount.image
+        assert image is not None
+        with mount.watching:
+            while not image.scope.cancel_called:
+                settled, diminished = image.settled, image.diminished
+                await settled.wait()
+                if mount.state is MountState.SERVING:
+                    if image.local:
+                        mount.become(MountState.LOCAL)
+                    elif image.quarantined:
+                        mount.become(MountState.QUARANTINED)
+                await diminished.wait()
+                if mount.state is MountState.LOCAL:
+                    mount.become(MountState.SERVING)
 
     async def _wait_local(self, mount: Mount, report: Callable[[protocol.Progress], None]) -> None:
         image = mount.image
         assert image is not None
         while not (image.settled.is_set() or mount.ended_serving.is_set()):
             fill = image.fill
-            report(protocol.Progress("downloading", fill.done_bytes, fill.total_bytes))
+            task = f"downloading ({fill.problem})" if fill.problem else "downloading"
+            report(protocol.Progress(task, fill.done_bytes, fill.total_bytes))
             with trio.move_on_after(_LOCAL_POLL_SECONDS):
                 await image.settled.wait()
         if image.view.refusal is not None:
@@ -277,6 +298,7 @@ class Service:
             await mount.forgotten.wait()
             return
         mount.become(MountState.GONE)
+        mount.watching.cancel()
         del self._mounts[mount.target]
         try:
             await trio.to_thread.run_sync(self._records.remove_mount, str(mount.target))
@@ -300,7 +322,35 @@ class Service:
 
     # --- telling ---
 
-    async def _status(self) -> protocol.Status:
+    def _named(self, name: str) -> OpenImage:
+        """The open image that somebody means. Raises DaemonError."""
+        mount = self._mounts.get(Path(name))
+        if mount is not None and mount.image is not None:
+            return mount.image
+        found = [image for image in self._images.all() if is_named(image, name)]
+        if len(found) == 1:
+            return found[0]
+        shown = ", ".join(sorted(image.digest for image in found))
+        raise DaemonError(
+            f"{name} is {len(found)} images: {shown}" if found else f"no open image is {name}",
+            hint="firstbyte status lists the images that are open",
+        )
+
+    def _users(self) -> dict[str, list[str]]:
+        """Who uses images, by their digests."""
+        users: dict[str, list[str]] = {}
+        for mount in self._mounts.values():
+            if mount.image is not None:
+                users.setdefault(mount.image.digest, []).append(str(mount.target))
+        for digest, name in self._podman.claimed().items():
+            users.setdefault(digest, []).append(f"podman ({name})")
+        if self.containerd is not None:
+            for digest, count in self.containerd.snapshots().items():
+                users.setdefault(digest, []).append(f"containerd ({count} snapshots)")
+        return users
+
+    async def status(self) -> protocol.Status:
+        """What is mounted, and how everything is."""
         return protocol.Status(
             pid=os.getpid(),
             root=str(self._places.root),
@@ -311,6 +361,7 @@ class Service:
             damaged=self._images.stats.damaged,
             containerd=await self.containerd.status() if self.containerd else None,
             podman=self._podman.status(),
+            store=self._housekeeping.status(),
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import logging
 import os
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from snapshotter.mounts.erofs import mount_erofs
 from snapshotter.mounts.errors import MountError
 from snapshotter.mounts.loop import mount_erofs_on_loops
 from snapshotter.mounts.table import mount_at
+from snapshotter.store.layer import held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -99,6 +101,7 @@ class Shown:
         self.name = view.name.decode()
         self.layers = layers
         self.mounted: dict[Mode, Path] = {}
+        self.holding = ExitStack()
         self.why = ""
         self.lock = trio.Lock()
 
@@ -246,6 +249,7 @@ class Showing:
             await self._remove(shown)
 
     async def _remove(self, shown: Shown) -> None:
+        shown.holding.close()
         gone = [shown.view, shown.flat]
         for layer in shown.layers:
             entry = layer.table.content_key.hex() + _RAW
@@ -274,7 +278,13 @@ class Showing:
             mount = await self._mounter(mode, len(shown.layers))
             image, devices = await self._files(shown, mode)
             point = self._mount_point(shown, mode)
-            await trio.to_thread.run_sync(_mount, mount, image, devices, point)
+            with ExitStack() as holding:
+                if mode is Mode.NATIVE:  # the kernel would see zeros where something was evicted
+                    holding.enter_context(held(layer.stored for layer in shown.layers))
+                    if not all(layer.stored.complete for layer in shown.layers):
+                        raise MountError("some of it is not on this node any more")
+                await trio.to_thread.run_sync(_mount, mount, image, devices, point)
+                shown.holding.push(holding.pop_all())
             shown.mounted[mode] = point
         return shown.mounted[mode]
 

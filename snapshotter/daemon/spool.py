@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 from index.errors import FirstByteError
 from index.tables import CHUNK_SIZE
+from snapshotter.store.errors import StoreFullError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from snapshotter.store.layer import StoredLayer
+    from snapshotter.store.space import Space
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +28,14 @@ log = logging.getLogger(__name__)
 class Spool:
     """One nameless file a layer, gone with the process however that ends.
 
-    A disk that refuses costs the spooled layer, not the mount: it is fetched again.
+    A disk that refuses, or that is to stay free, costs the spooled layer, not the mount: it is
+    fetched again.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, space: Space) -> None:
         self._folder = folder
+        self._space = space
+        self._reserved = 0
         self._files: dict[int, int] = {}
 
     @property
@@ -46,10 +51,13 @@ class Spool:
             if layer not in self._files:
                 return
             try:
+                if raw and not self._space.reserve(len(raw), len(raw)):
+                    raise StoreFullError("the store has reached its limit")
+                self._reserved += len(raw)
                 view = memoryview(raw)
                 while view:
                     view = view[os.write(self._files[layer], view) :]
-            except OSError as error:
+            except (OSError, StoreFullError) as error:
                 log.warning("layer %d is fetched again, it cannot be kept: %s", layer, error)
                 os.close(self._files.pop(layer))
 
@@ -72,3 +80,5 @@ class Spool:
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
+        self._space.release(self._reserved)
+        self._reserved = 0

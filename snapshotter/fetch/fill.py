@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import deque
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import trio
 
 from index.errors import IntegrityError
-from index.tables import Codec
+from index.tables import CHUNK_SIZE, Codec
 from snapshotter.fetch.errors import FetchError
 from snapshotter.store.errors import StoreError
+from snapshotter.store.layer import held
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
+    from index.tables import LayerTable
     from snapshotter.fetch.layer import LazyLayer
     from snapshotter.fetch.scheduler import Scheduler
 
@@ -36,8 +39,18 @@ LONGEST_PAUSE = 300.0
 """Seconds before what failed is tried again; doubled while nothing gets better."""
 
 
+HELD_BACK = "the store's limit holds it back"
+"""The problem of a download that the store has no room for."""
+
+ROOM_POLL = 0.5
+"""Seconds between two looks whether there is room."""
+
+ENOUGH_ROOM = 16
+"""Chunks (4 MiB) that it is worth going on for, so that it is not done chunk by chunk."""
+
+
 class ImageFill:
-    """Fills the layers of one mounted image. `run` it once, in a task of its own.
+    """Fills the layers of one mounted image. `run` it in a task of its own.
 
     `fully_local` is set when every chunk of every layer is present, synced, and raw space hashes
     to each layer's diff_id. `problem` is what holds it up at the moment, in one line, or empty.
@@ -74,8 +87,10 @@ class ImageFill:
     async def run(self) -> None:
         """Fill until fully local, or until a layer has been quarantined.
 
-        What fails is tried again, ever more seldom, for as long as this is not cancelled.
+        What fails is tried again, ever more seldom, for as long as this is not cancelled. For room
+        in the store it waits.
         """
+        self.fully_local = trio.Event()
         pause = FIRST_PAUSE
         self._scheduler.expect_reads()  # an image is mounted to start something on it
         while True:
@@ -86,7 +101,7 @@ class ImageFill:
             except IntegrityError as error:
                 self.problem = str(error)
                 return
-            if len(self._proven) == len(self._layers):
+            if all(layer in self._proven and layer.stored.complete for layer in self._layers):
                 self.fully_local.set()
                 return
             pause = FIRST_PAUSE if self.done_bytes > before else min(LONGEST_PAUSE, 2 * pause)
@@ -96,11 +111,11 @@ class ImageFill:
     async def _pass(self) -> None:
         """Ask once for all that is missing. Raises IntegrityError after a quarantine."""
         self._windows.clear()
+        self._proven = {layer for layer in self._proven if layer.stored.complete}
         for layer in self._layers:
             table = layer.table
             # A stream with one seek point is fetched front to back in one run.
-            seekable = table.codec is Codec.PLAIN or len(table.raw_offsets) > 1
-            step = WINDOW if seekable else max(1, table.chunk_count)
+            step = WINDOW if _seekable(table) else max(1, table.chunk_count)
             self._windows += [
                 (layer, first, min(first + step, table.chunk_count) - 1)
                 for first in range(0, table.chunk_count, step)
@@ -116,22 +131,45 @@ class ImageFill:
             layer, first, last = self._windows.popleft()
             missing = layer.stored.missing(first, last)
             try:
-                await self._scheduler.fill(layer.origin, missing)
+                while missing:
+                    async with self._room(layer, len(missing)) as granted:
+                        await self._scheduler.fill(layer.origin, missing[:granted])
+                    missing = missing[granted:]
             except FetchError as error:
                 self.problem = str(error)
+
+    @asynccontextmanager
+    async def _room(self, layer: LazyLayer, chunks: int) -> AsyncIterator[int]:
+        """Room in the store for so many chunks, or for some of them; waits until there is."""
+        space = layer.stored.space
+        least = min(chunks, ENOUGH_ROOM) if _seekable(layer.table) else chunks
+        granted = space.reserve(chunks * CHUNK_SIZE, least * CHUNK_SIZE)
+        while not granted:
+            self.problem = HELD_BACK
+            await trio.sleep(ROOM_POLL)
+            granted = space.reserve(chunks * CHUNK_SIZE, least * CHUNK_SIZE)
+            if granted:
+                self.problem = ""
+        try:
+            yield -(-granted // CHUNK_SIZE)
+        finally:
+            space.release(granted)
 
     async def _prove(self, layer: LazyLayer) -> None:
         """Compare a complete layer with its diff_id. Raises IntegrityError after a quarantine."""
         table, stored = layer.table, layer.stored
-        if layer in self._proven or not stored.complete:
+        if layer in self._proven:
             return
         try:
-            if stored.proven_diff_id != table.diff_id:
-                found = await self._hash(layer)
-                if found != table.diff_id:
-                    await self._blame(layer, found)
+            with held([stored]):  # or what is hashed could be evicted
+                if not stored.complete:
                     return
-                await trio.to_thread.run_sync(stored.record_diff_id, found)
+                if stored.proven_diff_id != table.diff_id:
+                    found = await self._hash(layer)
+                    if found != table.diff_id:
+                        await self._blame(layer, found)
+                        return
+                    await trio.to_thread.run_sync(stored.record_diff_id, found)
         except StoreError as error:
             self.problem = str(error)
             return
@@ -162,3 +200,8 @@ class ImageFill:
         log.error("%s", error)
         self._quarantine(layer, error)
         raise error
+
+
+def _seekable(table: LayerTable) -> bool:
+    """Whether parts of a layer can be had without all that is before them."""
+    return table.codec is Codec.PLAIN or len(table.raw_offsets) > 1

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from snapshotter.fetch.scheduler import Scheduler
     from snapshotter.fetch.source import BlobSource
     from snapshotter.fetch.startup import StartupRecorder
+    from snapshotter.fetch.trace import StartTrace
     from snapshotter.store.layer import StoredLayer
 
 ATTEMPTS = 3
@@ -43,12 +44,14 @@ class LazyLayer:
         scheduler: Scheduler,
         *,
         recorder: StartupRecorder | None = None,
+        trace: StartTrace | None = None,
         number: int = 0,
     ) -> None:
         self.table = table
         self.stored = stored
-        self.origin = Origin(table, stored, source)
+        self.origin = Origin(table, stored, source, trace, number)
         self._scheduler = scheduler
+        self._stats = scheduler.stats
         self._recorder = recorder
         self._number = number
         self._readers = SequentialReaders()
@@ -67,14 +70,18 @@ class LazyLayer:
             self._note(first, last)
         if first == last:
             data = self.stored.peek(first)
+            if data is None:
+                return None
+            self._stats.hits += 1
             start = raw_offset - first * CHUNK_SIZE
-            return None if data is None else memoryview(data)[start : start + length]
+            return memoryview(data)[start : start + length]
         parts: dict[int, bytes | memoryview] = {}
         for chunk in range(first, last + 1):
             data = self.stored.peek(chunk)
             if data is None:
                 return None
             parts[chunk] = data
+        self._stats.hits += 1
         return _assemble(parts, raw_offset, length)
 
     def note(self, raw_offset: int, length: int) -> None:
@@ -95,11 +102,15 @@ class LazyLayer:
         if self._closed:
             raise FetchError(f"{self.table} was unmounted")
         first, last = self._chunks(raw_offset, length)
+        began = trio.current_time()
         self.stored.retain()
         try:
             return _assemble(await self._collect(first, last), raw_offset, length)
         finally:
             self.stored.close()
+            self._stats.stalls.add(trio.current_time() - began)
+            if self.origin.trace is not None:
+                self.origin.trace.stalled(self.origin.number, raw_offset, length, began)
 
     async def _collect(self, first: int, last: int) -> dict[int, bytes | memoryview]:
         stored = self.stored

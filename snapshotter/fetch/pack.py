@@ -21,6 +21,7 @@ import trio
 from index.errors import IntegrityError
 from index.pack import FrameError, PackDecoder, read_table
 from snapshotter.fetch.stream import BlobStream
+from snapshotter.fetch.trace import traced
 from snapshotter.fetch.wants import Priority
 from snapshotter.nursery import open_nursery
 from snapshotter.store.errors import StoreError
@@ -259,16 +260,20 @@ class PackDelivery:
         while stream.position < start:
             await stream.take(start)
         decoder = PackDecoder(frames, [origin.table for origin in origins])
-        while stream.position < end:
-            data = await stream.take(end)
-            self.stalled = False
-            batch = await trio.to_thread.run_sync(_advance, decoder, data, origins)
-            self._land(batch)
-            if batch.unsaved is not None:
-                raise batch.unsaved
-            if batch.failed is not None:
-                stream.close()
-                return batch.failed
+        with traced(origins[0], Priority.STARTUP) as record:
+            while stream.position < end:
+                data = await stream.take(end)
+                if not record.size:
+                    record.answer()
+                record.size += len(data)
+                self.stalled = False
+                batch = await trio.to_thread.run_sync(_advance, decoder, data, origins)
+                self._land(batch)
+                if batch.unsaved is not None:
+                    raise batch.unsaved
+                if batch.failed is not None:
+                    stream.close()
+                    return batch.failed
         return None
 
     def _land(self, batch: _Batch) -> None:
@@ -277,6 +282,8 @@ class PackDelivery:
             lane = self._lanes.get(layer)
             if lane is not None:
                 lane.ends.pop(chunk, None)
+                if lane.origin.trace is not None:
+                    lane.origin.trace.arrive(layer, chunk, Priority.STARTUP)
                 problem = batch.unsaved if number == last else None
                 self._scheduler.land(lane.layer, chunk, raw, problem)
 

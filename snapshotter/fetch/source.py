@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from index.file import FileIndex
     from index.tables import LayerTable
+    from snapshotter.fetch.trace import StartTrace
     from snapshotter.registry.image import ImageSource
     from snapshotter.registry.manifest import Descriptor
     from snapshotter.store.layer import StoredLayer
@@ -114,3 +115,5 @@ class Origin:
     table: LayerTable
     stored: StoredLayer
     source: BlobSource
+    trace: StartTrace | None = None
+    number: int = 0

@@ -12,6 +12,7 @@ import trio
 from index.errors import FirstByteError, FormatError
 from snapshotter.fetch.errors import FetchError
 from snapshotter.fetch.pacing import ALONE, BLOCKED, EXPECTING, FIRST_FAN, Mood, Pacing
+from snapshotter.fetch.trace import traced
 from snapshotter.fetch.wants import Priority
 from snapshotter.registry.errors import NetworkError, ProtocolError, RegistryError
 from snapshotter.registry.retry import RetryPolicy
@@ -251,12 +252,16 @@ class Transfer:
             self.notice()
 
     async def _receive(self, run: Run, end: int, exchange: Exchange) -> None:
-        with trio.CancelScope() as patience:
+        with traced(run.origin, run.priority) as record, trio.CancelScope() as patience:
             self._expect_byte(patience)
+            began = trio.current_time()
             async with run.origin.source.open_range(run.position, end) as body:
                 exchange.answered(trio.current_time())
+                self._stats.latencies.add(trio.current_time() - began)
+                record.answer()
                 async for piece in body:
                     self._stats.received_bytes[run.priority] += len(piece)
+                    record.size += len(piece)
                     run.receive(piece)
                     exchange.received(trio.current_time(), len(piece))
                     self.notice()
@@ -312,6 +317,9 @@ class Transfer:
         """Hand a chunk to those who wait for it, whichever run was to bring it. False if this run
         has to fetch it anew."""
         want = run.layer.wants.get(arrival.chunk)
+        trace = run.origin.trace
+        if trace is not None and (arrival.damage or arrival.unsaved) is None:
+            trace.arrive(run.origin.number, arrival.chunk, want.priority if want else None)
         if want is None:
             return True
         if arrival.damage is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -69,19 +71,7 @@ class ImageStore:
 
     def get(self, manifest_digest: str) -> ImageRecord | None:
         """The record, or None if there is none; a damaged one is logged and counts as none."""
-        path = self._path(manifest_digest)
-        try:
-            record = msgspec.json.decode(path.read_bytes(), type=ImageRecord)
-        except FileNotFoundError:
-            return None
-        except (OSError, msgspec.MsgspecError) as error:
-            log.error("%s cannot be read: %s", path, error)
-            return None
-        found = f"sha256:{hashlib.sha256(record.manifest).hexdigest()}"
-        if record.manifest_digest != manifest_digest or found != manifest_digest:
-            log.error("%s is damaged: it holds the manifest %s", path, found)
-            return None
-        return record
+        return _read(self._path(manifest_digest))
 
     def put(self, record: ImageRecord) -> None:
         """Keep a record, in place of the image's former one. Raises StoreError."""
@@ -91,13 +81,37 @@ class ImageStore:
         """Forget an image; one that is not there is fine. Raises StoreError."""
         remove_file(self._path(manifest_digest))
 
+    def touch(self, manifest_digest: str) -> None:
+        """An image is used now; its record's mtime says so. It is not worth an error."""
+        with suppress(OSError):
+            os.utime(self._path(manifest_digest))
+
     def all(self) -> list[ImageRecord]:
         """Every readable record."""
-        names = sorted(path.stem for path in self._directory.glob("*.json"))
-        records = (self.get(f"sha256:{name}") for name in names if len(name) == 64)
-        return [record for record in records if record is not None]
+        return read_records(self._directory)
 
     def _path(self, manifest_digest: str) -> Path:
         if not _DIGEST.fullmatch(manifest_digest):
             raise FormatError(f"{manifest_digest!r} is no SHA-256 digest")
         return self._directory / f"{manifest_digest.removeprefix('sha256:')}.json"
+
+
+def read_records(directory: Path) -> list[ImageRecord]:
+    """Every readable record in an image store's directory, which may not be there."""
+    found = (_read(path) for path in sorted(directory.glob("*.json")) if len(path.stem) == 64)
+    return [record for record in found if record is not None]
+
+
+def _read(path: Path) -> ImageRecord | None:
+    try:
+        record = msgspec.json.decode(path.read_bytes(), type=ImageRecord)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        log.error("%s cannot be read: %s", path, error)
+        return None
+    found = hashlib.sha256(record.manifest).hexdigest()
+    if record.manifest_digest != f"sha256:{found}" or found != path.stem:
+        log.error("%s is damaged: it holds the manifest sha256:%s", path, found)
+        return None
+    return record

@@ -69,4 +69,13 @@ class IndexStore:
         remove_file(self._path(digest))
 
     def _path(self, digest: bytes) -> Path:
-        return self._directory / f"{digest.hex()}.index"
+        return _named(self._directory, digest)
+
+
+def index_path(root: Path, digest: bytes) -> Path:
+    """Where the index with this digest is, if it is there."""
+    return _named(root / "indexes", digest)
+
+
+def _named(directory: Path, digest: bytes) -> Path:
+    return directory / f"{digest.hex()}.index"

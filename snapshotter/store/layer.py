@@ -64,8 +64,8 @@ class StoredLayer:
         self.table = table
         self.key = key
         self.raw_path = directory / "raw"
+        self.space = space
         self._cache = cache
-        self._space = space
         self._diff_id_path = directory / "diff_id"
         self._users = 1
         self._lock = threading.Lock()
@@ -96,7 +96,7 @@ class StoredLayer:
         self._present_count = self._present.count(1)
         self._used = array("I", bytes(4 * len(self._present)))
 
-        self.start_chunks: frozenset[int] = frozenset()
+        self.start_chunks: set[int] = set()
         """Chunks that starts need: the last to be evicted."""
 
     # --- what is there ---
@@ -135,7 +135,7 @@ class StoredLayer:
 
     def peek(self, chunk: int) -> bytes | memoryview | None:
         """The chunk if that needs no wait for a disk: just verified, or in the page cache."""
-        self._used[chunk] = self._space.now
+        self._used[chunk] = self.space.now
         data = self._cache.get(self.key, chunk)
         if data is not None or not self._present[chunk]:
             return data
@@ -221,20 +221,20 @@ class StoredLayer:
             self._cache.put(self.key, chunk, data)
         try:
             with self._being_written(chunk):
-                self._space.admit(len(data), self.raw_path)
+                self.space.admit(len(data), self.raw_path)
                 try:
                     self._write_raw(data, chunk * CHUNK_SIZE)
                 except OSError as error:
-                    self._space.gave_back(len(data))
+                    self.space.gave_back(len(data))
                     raise store_error(error, self.raw_path, "cannot write") from error
                 with self._lock:
                     self._present_count += 1 - self._present[chunk]
                     self._present[chunk] = 1
-                    self._used[chunk] = self._space.now
+                    self._used[chunk] = self.space.now
                     self._dirty.add(chunk)
         except StoreError as problem:
             if isinstance(problem.__cause__, OSError) and isinstance(problem, StoreFullError):
-                self._space.note_full()
+                self.space.note_full()
             self._complain(problem)
             raise
 
@@ -308,17 +308,9 @@ class StoredLayer:
 
     # --- making room ---
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Nothing is evicted while the block runs: for who reads the raw file by itself."""
-        self.hold()
-        try:
-            yield
-        finally:
-            self.unhold()
-
     def hold(self) -> None:
-        """Let nothing be evicted until `unhold`. What has been is not `complete` any more."""
+        """Let nothing be evicted until `unhold`: for who reads the raw file by itself. What was
+        evicted before is not `complete` any more."""
         with self._lock:
             self._holds += 1
 
@@ -358,7 +350,7 @@ class StoredLayer:
                 with self._lock:
                     self._evicting.clear()
             freed = before - self.disk_usage()
-            self._space.evicted(freed)
+            self.space.evicted(freed)
             return freed
 
     def _begin_eviction(self, chunks: set[int]) -> set[int]:
@@ -435,3 +427,16 @@ class StoredLayer:
         os.close(self._raw)
         self._raw = -1  # a late caller gets EBADF, not whatever file has the number next
         self._presence.close()
+
+
+@contextmanager
+def held(layers: Iterable[StoredLayer]) -> Iterator[None]:
+    """Nothing of these layers is evicted while the block runs."""
+    all_of_them = list(layers)
+    for layer in all_of_them:
+        layer.hold()
+    try:
+        yield
+    finally:
+        for layer in all_of_them:
+            layer.unhold()

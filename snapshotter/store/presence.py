@@ -68,6 +68,26 @@ def decode_block(number: int, block: bytes) -> bytes | None:
     return bits
 
 
+def read_presence(path: Path) -> tuple[int, int]:
+    """(bytes of raw space, bytes of it that are durably present) of a layer that may be closed.
+
+    Nothing is known of a damaged file: (0, 0). Raises OSError.
+    """
+    content = path.read_bytes()
+    fields = content[: _HEADER.size]
+    if len(content) < BLOCK_SIZE or content[_HEADER.size :][: _CRC.size] != _CRC.pack(
+        zlib.crc32(fields)
+    ):
+        return 0, 0
+    _, _, chunk_size, raw_size, chunks, _ = _HEADER.unpack(fields)
+    present = last = 0
+    for number, start in enumerate(range(BLOCK_SIZE, len(content), BLOCK_SIZE)):
+        bits = int.from_bytes(decode_block(number, content[start:][:BLOCK_SIZE]) or b"", "little")
+        present += bits.bit_count()
+        last = bits >> (chunks - 1 - number * CHUNKS_PER_BLOCK) & 1 if chunks else 0
+    return raw_size, present * chunk_size - last * (chunks * chunk_size - raw_size)
+
+
 class PresenceFile:
     """An open presence bitmap. Not thread-safe: its layer holds a lock around every call."""
 

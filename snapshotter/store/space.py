@@ -33,6 +33,8 @@ _UNITS = {"B": 1} | {
 _UNITS |= {"KB": 1000, "KiB": 1024}
 _AMOUNT = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*(%|[A-Za-z]+)", re.ASCII)
 
+_PARTS = ("layers", "indexes", "images")
+
 _HEADROOM = 1 << 30
 """Bytes below the limit that fill leaves to reads; an eighth of the limit if that is less."""
 
@@ -98,8 +100,8 @@ class Marks:
 def marks(bounds: Bounds, *, used: int, free: int, disk: int) -> Marks:
     """The marks of a store of `used` bytes on a disk that has `free` of `disk` bytes left.
 
-    Only half of what is to stay free is kept from reads: others may have filled the disk, and
-    running containers must not lose what they read for that.
+    Reads may take half of what is to stay free: when others fill the disk, fill stops first, and
+    what running containers read goes last.
     """
     limit = bounds.limit.of(disk)
     keep_free = bounds.keep_free.of(disk)
@@ -127,7 +129,7 @@ class Space:
         self._refused_at = -REFUSED_SECONDS
         self.now = 0
         self.used = self.free = self.disk = 0
-        self.wanted_by_fill = 0
+        self.wanted = 0
         """Bytes that fill waits for."""
         self.starving = False
         """Whether the disk has refused something since the last measurement."""
@@ -138,7 +140,7 @@ class Space:
     def measure(self) -> None:
         """Look at what is on the disk. Blocks: 3 ms for 500 layers. Raises StoreError."""
         try:
-            used = sum(tree_sizes(self._root))
+            used = sum(size for name in _PARTS for size in tree_sizes(self._root / name))
             disk = os.statvfs(self._root)
         except OSError as error:
             raise store_error(error, self._root, "cannot measure") from error
@@ -205,6 +207,8 @@ class Space:
         with self._lock:
             room = max(0, self.marks.fill - self.used - self._reserved)
             granted = 0 if room < least or self.starving else min(wanted, room)
+            if not granted:
+                self.wanted = max(self.wanted, wanted)
             self._reserved += granted
             return granted
 
@@ -214,19 +218,18 @@ class Space:
             self._reserved -= size
 
 
-def tree_sizes(root: Path) -> Iterator[int]:
-    """Bytes of disk that each of the store's files takes."""
-    for name in ("layers", "indexes", "images"):
-        pending = [root / name]
-        while pending:
-            try:
-                with os.scandir(pending.pop()) as found:
-                    entries = list(found)
-            except FileNotFoundError:  # it is going just now
+def tree_sizes(directory: Path) -> Iterator[int]:
+    """Bytes of disk that each file below a directory takes, which may not be there."""
+    pending = [directory]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as found:
+                entries = list(found)
+        except FileNotFoundError:  # it is going just now
+            continue
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(Path(entry.path))
                 continue
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(Path(entry.path))
-                    continue
-                with suppress(FileNotFoundError):
-                    yield 512 * entry.stat(follow_symlinks=False).st_blocks
+            with suppress(FileNotFoundError):
+                yield 512 * entry.stat(follow_symlinks=False).st_blocks

@@ -17,8 +17,10 @@ from snapshotter.daemon import config
 from snapshotter.daemon.config import (
     Config,
     ImagesConfig,
+    MetricsConfig,
     MountsConfig,
     RegistryConfig,
+    StoreConfig,
     decode,
     encode,
     load,
@@ -41,6 +43,11 @@ build = false
 never = ["docker.io/library/postgres:*", "registry.example/app@sha256:*"]
 [mounts]
 mode = "fuse"
+[store]
+limit = "50 GiB"
+keep_free = "5%"
+[metrics]
+address = "127.0.0.1:9431"
 """
 ALL_READ = Config(
     root=Path("/srv/firstbyte"),
@@ -53,6 +60,8 @@ ALL_READ = Config(
         never=("docker.io/library/postgres:*", "registry.example/app@sha256:*"),
     ),
     mounts=MountsConfig(mode="fuse"),
+    store=StoreConfig(limit="50 GiB", keep_free="5%"),
+    metrics=MetricsConfig(address="127.0.0.1:9431"),
 )
 
 

@@ -11,13 +11,17 @@ from trio.testing import wait_all_tasks_blocked
 from index.tables import CHUNK_SIZE, Codec
 from snapshotter.fetch import fill as fill_module
 from snapshotter.fetch import transfer
-from snapshotter.fetch.fill import ImageFill
+from snapshotter.fetch.fill import HELD_BACK, ImageFill
 from snapshotter.fetch.pacing import FIRST_WINDOW
 from snapshotter.registry.errors import NotFoundError
+from snapshotter.store.space import UNBOUNDED, Amount, Bounds
 from tests.support.blobs import MadeLayer, make_layer, sample_bytes, table_for
+from tests.support.fetching import open_node
 from tests.support.sources import Fault
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from index.errors import IntegrityError
     from snapshotter.fetch.layer import LazyLayer
     from tests.support.fetching import Node
@@ -39,6 +43,7 @@ def must_not_quarantine(layer: LazyLayer, error: IntegrityError) -> None:
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fill_module, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(fill_module, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(fill_module, "ROOM_POLL", 0.01)
 
 
 async def test_every_layer_becomes_local_and_is_proven(node: Node) -> None:
@@ -190,8 +195,41 @@ async def test_a_full_disk_holds_fill_up_until_there_is_room(
             raise OSError(28, "No space left on device")
         write(data, offset)
 
+    async def keep_house() -> None:
+        while True:
+            await trio.sleep(0.02)
+            node.store.space.measure()
+
     monkeypatch.setattr(lazy.stored, "_write_raw", full)
     fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
-    await fill.run()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep_house)
+        await fill.run()
+        nursery.cancel_scope.cancel()
     assert refusals == 20
     assert fill.fully_local.is_set()
+
+
+async def test_an_image_that_the_store_has_no_room_for_waits_for_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = make_layer(sample_bytes(60 * CHUNK_SIZE, 5), Codec.ZSTD)
+    bounds = Bounds(limit=Amount(size=40 * CHUNK_SIZE), keep_free=Amount())
+    async with open_node(tmp_path, bounds=bounds) as node, trio.open_nursery() as nursery:
+        lazy, source = node.mount(layer)
+        fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
+        nursery.start_soon(fill.run)
+        while fill.problem != HELD_BACK:  # noqa: ASYNC110  (there is no event for it)
+            await trio.sleep(0.01)
+        space = node.store.space
+        assert 30 * CHUNK_SIZE <= fill.done_bytes <= space.marks.fill
+        assert space.wanted
+        served = source.served
+        assert await lazy.read(59 * CHUNK_SIZE, 10) == layer.raw[59 * CHUNK_SIZE :][:10]
+        assert lazy.stored.has(59), "reads have some room left"
+        assert source.served > served
+        space._bounds = UNBOUNDED
+        space.measure()
+        await fill.fully_local.wait()
+        assert fill.problem == ""
+    assert "not kept" not in caplog.text

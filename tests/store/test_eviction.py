@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from index.tables import CHUNK_SIZE, Codec
 from snapshotter.store import layer as layer_module
 from snapshotter.store.errors import StoreError, StoreFullError
+from snapshotter.store.layer import held
 from snapshotter.store.layers import LayerStore
 from snapshotter.store.presence import BLOCK_SIZE
 from snapshotter.store.space import UNBOUNDED, Amount, Bounds, marks
@@ -89,7 +90,7 @@ def test_nothing_goes_while_somebody_else_has_the_file_open(store: LayerStore) -
 
 def test_nothing_goes_while_somebody_holds_the_layer(store: LayerStore) -> None:
     stored = fill(store)
-    with stored.held():
+    with held([stored]):
         assert stored.evict([0]) == 0
         assert store.evict_chunks(1) == []
         assert stored.complete
@@ -268,7 +269,7 @@ def test_the_coldest_chunks_go_and_no_more_than_was_asked_for(
 ) -> None:
     with LayerStore(tmp_path_factory.mktemp("store")) as store:
         layers = [fill(store, LAYER), fill(store, OTHER)]
-        layers[1].start_chunks = frozenset(needed)
+        layers[1].start_chunks = needed
         for number, stored in enumerate(layers):
             for chunk in range(CHUNKS):
                 store.space.now = uses[number * CHUNKS + chunk]

@@ -11,12 +11,14 @@ from trio.testing import wait_all_tasks_blocked
 from snapshotter.fetch.layer import LazyLayer
 from snapshotter.fetch.scheduler import Patience, Scheduler, open_scheduler
 from snapshotter.store.layers import LayerStore
+from snapshotter.store.space import UNBOUNDED, Bounds
 from tests.support.sources import Fault, MemorySource
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from snapshotter.fetch.trace import StartTrace
     from tests.support.blobs import MadeLayer
 
 
@@ -30,8 +32,11 @@ class Node:
         source = MemorySource(layer, faults=list(faults))
         return self.attach(layer, source), source
 
-    def attach(self, layer: MadeLayer, source: MemorySource) -> LazyLayer:
-        return LazyLayer(layer.table, self.store.open(layer.table), source, self.scheduler)
+    def attach(
+        self, layer: MadeLayer, source: MemorySource, trace: StartTrace | None = None
+    ) -> LazyLayer:
+        stored = self.store.open(layer.table)
+        return LazyLayer(layer.table, stored, source, self.scheduler, trace=trace)
 
     async def quiet(self) -> None:
         """Let runs end that nobody waits for: a thread may still be decoding for one."""
@@ -42,7 +47,9 @@ class Node:
 
 
 @asynccontextmanager
-async def open_node(root: Path, patience: Patience | None = None) -> AsyncIterator[Node]:
-    with LayerStore(root) as store:
+async def open_node(
+    root: Path, patience: Patience | None = None, bounds: Bounds = UNBOUNDED
+) -> AsyncIterator[Node]:
+    with LayerStore(root, bounds) as store:
         async with open_scheduler(patience or Patience()) as scheduler:
             yield Node(store, scheduler)

@@ -48,6 +48,8 @@ class Instance:
         self.root = base / "root"
         self.state = base / "state"
         self.mode = "auto"
+        self.config = base / "config.toml"
+        """Used if it is there."""
         self.environment: dict[str, str] = {}
         """Variables that commands get besides those that are set."""
         self._foreground: list[subprocess.Popen[bytes]] = []
@@ -56,6 +58,8 @@ class Instance:
         """The command line; options for the instance go last."""
         words = [str(argument) for argument in arguments]
         places = ["--root", str(self.root), "--state", str(self.state)]
+        if self.config.exists():
+            places += ["--config", str(self.config)]
         return [*_PROGRAM, *words, *places]
 
     def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
