@@ -85,12 +85,12 @@ class Containerd:
         # Cgroups are the machine's: as unique as the workspace's directory.
         self.cgroup = f"{workspace.path.name}-{name}"
         self.root = self.directory / "root"
-        self._socket = self.directory / "containerd.sock"
+        self.socket = self.directory / "containerd.sock"
         self._state = self.directory / "state"
         self._log = self.directory / "log"
         configuration = self.directory / "config.toml"
         configuration.write_text(self._configuration(proxy))
-        self._images = ImageService(self._socket, workspace.interruption)
+        self._images = ImageService(self.socket, workspace.interruption)
         with self._log.open("wb") as log:
             self._process = workspace.start(
                 ["containerd", "--config", configuration],
@@ -115,7 +115,7 @@ class Containerd:
 
     def ctr_command(self, *arguments: str | Path) -> list[str | Path]:
         """The command line of ctr for this containerd."""
-        return ["ctr", "--address", self._socket, "--namespace", _NAMESPACE, *arguments]
+        return ["ctr", "--address", self.socket, "--namespace", _NAMESPACE, *arguments]
 
     def stop(self) -> None:
         """End it, and whatever runs in containers of its; nothing if it ended already."""
@@ -134,7 +134,7 @@ class Containerd:
         for pid in marked_processes(self.workspace.path):
             with contextlib.suppress(OSError):  # gone meanwhile
                 name, *words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if b"shim" in name and os.fsencode(self._socket) in words:
+                if b"shim" in name and os.fsencode(self.socket) in words:
                     found.append(pid)
         return found
 
@@ -142,7 +142,7 @@ class Containerd:
         text = _CONFIGURATION.format(
             root=_text(self.root),
             state=_text(self._state),
-            socket=_text(self._socket),
+            socket=_text(self.socket),
             snapshotter=_text(self.snapshotter),
             nothing=_text(self.workspace.directory("nothing")),
         )
@@ -153,7 +153,7 @@ class Containerd:
     def _wait(self) -> None:
         end = time.monotonic() + _READY_SECONDS
         while time.monotonic() < end and self._process.poll() is None:
-            if self._socket.exists() and self._images.answers():
+            if self.socket.exists() and self._images.answers():
                 return
             self.workspace.interruption.sleep(_POLL_SECONDS)
         raise DemoError(

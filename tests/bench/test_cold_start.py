@@ -17,6 +17,9 @@ from snapshotter.bench.coldstart import results
 from snapshotter.bench.coldstart.modes import STANDARD, Mode
 from snapshotter.bench.coldstart.residency import resident, touched
 from snapshotter.bench.errors import BenchError
+from snapshotter.demo.containerd import Containerd
+from snapshotter.demo.interruption import Interruption
+from snapshotter.demo.workspace import Workspace
 from tests.bench.test_command import bench
 
 pytestmark = pytest.mark.root
@@ -133,3 +136,29 @@ def test_nothing_is_read_of_a_tree_that_nobody_reads(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/etc/passwd")
     found = touched([tmp_path])
     assert (found.files, found.bytes) == (0, 0)
+
+
+def test_another_containerd_is_measured_and_left_as_it_was(
+    catalogue: Path, workplace: Path, tmp_path: Path
+) -> None:
+    with Interruption() as interruption, Workspace(interruption, print) as workspace:
+        other = Containerd(workspace, "other")
+        command = ["cold-start", "--images", catalogue, "--link", LINK, "--samples", "1", "--json"]
+        command += ["--mode", f"overlayfs@{other.socket}", "--cache", tmp_path / "cache"]
+        done = bench(*command)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        (sample,) = found["samples"]
+        assert sample["mode"] == f"overlayfs@{other.socket}"
+        assert sample["total_bytes"] >= found["images"]["tiny"]["compressed_bytes"]
+        assert other.ctr("images", "list", "--quiet") == ""
+        assert other.ctr("containers", "list", "--quiet") == ""
+
+
+def test_a_containerd_that_does_not_answer_is_an_error_in_one_line(
+    catalogue: Path, workplace: Path, tmp_path: Path
+) -> None:
+    command = ["cold-start", "--images", catalogue, "--mode", f"overlayfs@{tmp_path}/nobody"]
+    done = bench(*command, "--cache", tmp_path / "cache")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("firstbyte: no containerd answers at")
