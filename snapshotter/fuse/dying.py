@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 from contextlib import suppress
 from pathlib import Path
 
 from snapshotter.fuse.handshake import RESEND
+from snapshotter.fuse.wire import IN_HEADER, OUT_HEADER
 
 _REQUEST_BUFFER = 2 << 20  # more than the largest request; the kernel refuses to be read with less
-
-# fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
-_IN_HEADER = struct.Struct("=IIQQIIIHH")
-# fuse_out_header: len, error, unique
-_OUT_HEADER = struct.Struct("=IiQ")
 
 
 def is_dying(pid: int) -> bool:
@@ -41,11 +36,11 @@ def let_go(device: int, pid: int) -> None:
     with suppress(OSError):  # EAGAIN: that was all
         os.write(device, RESEND)
         while True:
-            _, _, unique, _, _, _, caller, _, _ = _IN_HEADER.unpack_from(
+            _, _, unique, _, _, _, caller, _, _ = IN_HEADER.unpack_from(
                 os.read(device, _REQUEST_BUFFER)
             )
             if caller in _threads(pid):
-                os.write(device, _OUT_HEADER.pack(_OUT_HEADER.size, -errno.EIO, unique))
+                os.write(device, OUT_HEADER.pack(OUT_HEADER.size, -errno.EIO, unique))
 
 
 def _threads(pid: int) -> set[int]:

@@ -46,7 +46,7 @@ _BLOCK = 4096
 _BLOCKS = 4096  # of the large file
 _OWN = 4 << 20
 _FIO_MIB = 8
-_END_SECONDS = 120.0  # for a round of each reader, of which some wait for a slow registry
+_END_SECONDS = 600.0  # bounds a failure: some wait for a slow registry, on a busy machine
 
 _LOOP = """\
 #!/bin/sh
@@ -245,6 +245,7 @@ class Load:
         self._readers: list[tuple[str, Container]] = []
         self._threads: list[threading.Thread] = []
         self._over = threading.Event()
+        self._given_up = threading.Event()
         self._names = iter(range(1 << 30))
 
     def read(self, lower: Path) -> None:
@@ -259,12 +260,14 @@ class Load:
         self.repeat("fresh starts", lambda: self.start_one(lower))
 
     def repeat(self, name: str, action: Callable[[], str | None]) -> None:
-        """Do something in a thread until the end; it says what went wrong, nothing if all was
-        well, and is None if it was not done."""
+        """Do something in a thread until the end, once at least; it says what went wrong, nothing
+        if all was well, and is None if it was not done."""
 
         def work() -> None:
-            while not self._over.is_set():
+            done = False
+            while not self._given_up.is_set() and not (done and self._over.is_set()):
                 problem = action()
+                done = done or problem is not None
                 if problem:
                     self.seen.problems.append(f"{name}: {problem}")
                 elif problem is not None:
@@ -279,16 +282,16 @@ class Load:
         container = Container(self._workspace, f"fresh{next(self._names)}", lower)
         container.start(_run(FRESH), {})
         try:
-            _wait_ended(container)
+            wait_ended(container)
             said = container.output.last(5)
             ended = container.exit_status()
         finally:
             container.stop()
         return "" if (ended, said) == (0, RIGHT) else f"{ended}: {said}"
 
-    def stop(self) -> None:
-        """Start nothing more."""
-        self._over.set()
+    def give_up(self) -> None:
+        """Do nothing more, whatever has not been done."""
+        self._given_up.set()
         for thread in self._threads:
             thread.join()
 
@@ -296,9 +299,11 @@ class Load:
         """End all of it, and tell what was seen."""
         for name, _ in self._readers:
             (self._workspace.path / name / "bundle/rootfs/stop").touch()
-        self.stop()
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
         for name, container in self._readers:
-            _wait_ended(container)
+            wait_ended(container)
             lines = container.output.last(1000).splitlines()
             self.seen.read(lines)
             if "ended" not in lines:
@@ -311,7 +316,8 @@ def _run(command: Sequence[str]) -> RunConfig:
     return RunConfig(entrypoint=list(command), env=["PATH=/bin"])
 
 
-def _wait_ended(container: Container) -> None:
+def wait_ended(container: Container) -> None:
+    """Wait until what runs in a container has ended by itself."""
     deadline = time.monotonic() + _END_SECONDS
     while container.exit_status() is None:
         assert time.monotonic() < deadline, f"it goes on: {container.output.last(20)}"
@@ -327,5 +333,5 @@ def running_load() -> Iterator[Load]:
         try:
             yield load
         finally:
-            load.stop()
+            load.give_up()
     assert warnings == []
