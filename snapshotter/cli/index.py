@@ -32,6 +32,7 @@ from snapshotter.registry.errors import NotFoundError
 if TYPE_CHECKING:
     from index.erofs.reader import Inode
     from snapshotter.registry.image import ImageSource, ResolvedImage
+    from snapshotter.registry.manifest import Descriptor
 
 
 @click.group()
@@ -48,13 +49,18 @@ index.add_command(build)
 @json_option
 def show(index_or_image: str, platform: str | None, plain_http: bool, as_json: bool) -> None:
     """Show what an index holds: a file, or the index of an image in a registry."""
-    opened = trio.run(_open, index_or_image, platform, plain_http).index
+    found = trio.run(_open, index_or_image, platform, plain_http)
+    opened, pack = found.index, found.pack
     described = describe(opened)
+    if pack is not None:
+        described["startup_pack"] = {"digest": pack.digest, "size": pack.size}
     if as_json:
         click.echo(json.dumps(described, indent=2))
         return
     click.echo(f"index  {described['digest']}")
     click.echo(f"inodes {described['inodes']}")
+    if pack is not None:
+        click.echo(f"with a startup pack of {progress.mb(pack.size)}, {pack.digest}")
     click.echo(f"\n{'section':10}{'expanded':>14}")
     for name, size in opened.section_sizes.items():
         click.echo(f"{name:10}{size:14,}")
@@ -199,6 +205,7 @@ async def _compare_with_rebuilt(
 class _Opened:
     index: FileIndex
     image_name: str | None  # where it was found, unless it is a file
+    pack: Descriptor | None = None
 
 
 async def _open(text: str, platform: str | None, plain_http: bool) -> _Opened:
@@ -219,4 +226,4 @@ async def _open(text: str, platform: str | None, plain_http: bool) -> _Opened:
             f"{image.name} has no file index",
             hint=f"make one: firstbyte index build --push {text}",
         )
-    return _Opened(found.index, text)
+    return _Opened(found.index, text, found.pack)

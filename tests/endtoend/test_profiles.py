@@ -223,6 +223,8 @@ def test_the_next_node_starts_with_one_request_for_all_it_reads(
     built = json.loads(
         here.succeed("index", "build", image, "--profile-from-node", "--push", "--json")
     )
+    told = json.loads(firstbyte("index", "show", image, "--json"))
+    assert told["startup_pack"]["size"] == built["pack_bytes"]
     with elsewhere.mounted(image) as tree:
         wait_until(lambda: "its startup pack is here" in elsewhere.log())
         for name in STARTED:
