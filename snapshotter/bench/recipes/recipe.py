@@ -15,7 +15,9 @@ class MadeFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mode: int = 0o644
 
 
-class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Recipe(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """An image, layer by layer: Debian's base system, each of `packages` (lists of packages), each
     of `pip` (lists of requirements), a file of `data_mb` incompressible megabytes, and `files`.
 
@@ -35,5 +37,5 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     environment: dict[str, str] = {}
 
     def key(self) -> str:
-        """Equal for equal recipes, short, fit for names."""
+        """Equal for equal recipes, whatever else they might say; short, fit for names."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:12]
