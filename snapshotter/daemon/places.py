@@ -51,6 +51,12 @@ class Places:
         return self.root / "podman" / "images"
 
     @property
+    def podman_layers(self) -> Path:
+        """What podman and CRI-O are told as an additional layer store. It stays without a daemon,
+        too: no podman starts without it."""
+        return self.root / "podman" / "layers"
+
+    @property
     def log(self) -> Path:
         return self.state / "daemon.log"
 

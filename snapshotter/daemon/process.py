@@ -25,6 +25,7 @@ from snapshotter.daemon.handover import Inheritance, let_go_of_dying
 from snapshotter.daemon.housekeeping import Housekeeping
 from snapshotter.daemon.images import Images
 from snapshotter.daemon.places import Places, locked, locked_by
+from snapshotter.daemon.podman_layers import PodmanLayers, is_shown, show_layer_store
 from snapshotter.daemon.records import Records
 from snapshotter.daemon.server import Connections, listen
 from snapshotter.daemon.service import Service
@@ -166,6 +167,11 @@ async def _serve(
         )
         housekeeping = Housekeeping(parts.store, images)
         await images.restore()  # before the kernel asks for any of them
+        layers = None
+        if stay or await trio.to_thread.run_sync(is_shown, places):
+            may_build = config.images.build
+            layers = PodmanLayers(places, views, images, nursery, may_build=may_build)
+            await layers.restore()
         await answering.start(_serve_mount, views, parts.connection, places, resumed, stop)
         if not resumed:
             await trio.to_thread.run_sync(parts.records.serve, parts.connection.init)
@@ -177,6 +183,8 @@ async def _serve(
         stop.leaves = False
         try:
             async with AsyncExitStack() as serving:
+                if layers is not None:
+                    await serving.enter_async_context(show_layer_store(layers, places, stop))
                 if stay:
                     service.containerd = await serving.enter_async_context(
                         serve_containerd(config, images, parts.inheritance, stop)

@@ -16,6 +16,7 @@ import pyfuse3
 from index.errors import FirstByteError
 from snapshotter.fuse.answers import AFTER_DOT, AFTER_DOTS
 from snapshotter.fuse.failures import FailureLog
+from snapshotter.fuse.live import LiveView
 from snapshotter.fuse.view import pack_inode, unpack_inode
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class Operations(pyfuse3.Operations):
         view = self.views.in_slot(slot)
         if view is None:  # unmounted, but the kernel remembers
             raise pyfuse3.FUSEError(errno.ESTALE)
+        if isinstance(view, LiveView) and not view.knows(nid):
+            raise pyfuse3.FUSEError(errno.ESTALE)
         return view, nid
 
     @_answered
@@ -82,6 +85,11 @@ class Operations(pyfuse3.Operations):
                 raise pyfuse3.FUSEError(errno.ENOENT)
             return _view_root(named)
         view, parent = self._find(parent_inode)
+        if isinstance(view, LiveView):
+            found = await view.find(parent, name)
+            if found is None:
+                raise pyfuse3.FUSEError(errno.ENOENT)
+            return _passing(*found)
         nid = view.image.lookup(parent, name)
         if nid is None:
             return _no_such_name()
@@ -106,6 +114,33 @@ class Operations(pyfuse3.Operations):
         except FirstByteError as error:
             raise self.refuse(f"read of {size} bytes at {off}", fh, error) from error
         return cast("bytes", data)  # pyfuse3 takes any buffer, whatever its annotation says
+
+    @_answered
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        raise await self._refuse_create(parent_inode, name)
+
+    @_answered
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        raise await self._refuse_create(parent_inode, name)
+
+    async def _refuse_create(self, parent: int, name: bytes) -> pyfuse3.FUSEError:
+        if parent != pyfuse3.ROOT_INODE:
+            view, nid = self._find(parent)
+            if isinstance(view, LiveView) and await view.noticed_create(nid, name):
+                return pyfuse3.FUSEError(errno.ENOENT)
+        return pyfuse3.FUSEError(errno.EROFS)
+
+    @_answered
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        if parent_inode != pyfuse3.ROOT_INODE:
+            view, nid = self._find(parent_inode)
+            if isinstance(view, LiveView) and await view.noticed_rmdir(nid, name):
+                raise pyfuse3.FUSEError(errno.ENOENT)
+        raise pyfuse3.FUSEError(errno.EROFS)
 
     @_answered
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -148,7 +183,8 @@ def _attributes(view: View, nid: int) -> pyfuse3.EntryAttributes:
     inode = view.image.inode(nid)
     attributes = pyfuse3.EntryAttributes()
     attributes.st_ino = pack_inode(view.slot, nid)
-    attributes.entry_timeout = attributes.attr_timeout = _FOR_EVER
+    remembered = 0 if isinstance(view, LiveView) else _FOR_EVER
+    attributes.entry_timeout = attributes.attr_timeout = remembered
     attributes.st_mode = inode.mode
     attributes.st_nlink = inode.nlink
     attributes.st_uid = inode.uid
@@ -161,11 +197,16 @@ def _attributes(view: View, nid: int) -> pyfuse3.EntryAttributes:
     return attributes
 
 
-def _view_root(view: View) -> pyfuse3.EntryAttributes:
-    """An image's root as an entry of the mount's root: the name may go, the directory is fixed."""
-    attributes = _attributes(view, view.image.root)
+def _passing(view: View, nid: int) -> pyfuse3.EntryAttributes:
+    """What a name stands for that may go."""
+    attributes = _attributes(view, nid)
     attributes.entry_timeout = 0
     return attributes
+
+
+def _view_root(view: View) -> pyfuse3.EntryAttributes:
+    """An image's root as an entry of the mount's root: the name may go, the directory is fixed."""
+    return _passing(view, view.image.root)
 
 
 def _mount_root(views: Views) -> pyfuse3.EntryAttributes:
@@ -197,7 +238,12 @@ def _list_directory(
     if start < AFTER_DOTS:
         parent = view.image.lookup(nid, b"..")
         yield AFTER_DOTS, b"..", _attributes(view, nid if parent is None else parent)
-    for position, name, child, _ in view.image.readdir(nid, max(start - AFTER_DOTS, 0)):
+    done = max(start - AFTER_DOTS, 0)
+    if isinstance(view, LiveView):
+        for position, (name, of, child) in enumerate(list(view.entries(nid))[done:], start=done):
+            yield position + 1 + AFTER_DOTS, name, _passing(of, child)
+        return
+    for position, name, child, _ in view.image.readdir(nid, done):
         yield position + AFTER_DOTS, name, _attributes(view, child)
 
 

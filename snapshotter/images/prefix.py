@@ -47,6 +47,14 @@ async def build_prefix(index: FileIndex, layers: Sequence[Readable], depth: int)
     """
     if not 0 < depth <= len(index.layers):
         raise ValueError(f"{depth} layers of an image that has {len(index.layers)}")
+    entries = await scan_headers(index, layers, depth)
+    return await trio.to_thread.run_sync(cut, index, entries, abandon_on_cancel=True)
+
+
+async def scan_headers(
+    index: FileIndex, layers: Sequence[Readable], depth: int
+) -> list[list[Entry]]:
+    """The entries of the lowest `depth` layers' tars. Raises as `build_prefix`."""
     entries: list[list[Entry]] = [[] for _ in range(depth)]
     places = trio.CapacityLimiter(LAYERS_AT_ONCE)
     # A second thread would not make Python faster, but the event loop wait longer for its turn.
@@ -60,7 +68,7 @@ async def build_prefix(index: FileIndex, layers: Sequence[Readable], depth: int)
     async with open_nursery() as nursery:
         for number in range(depth):
             nursery.start_soon(scan, number)
-    return await trio.to_thread.run_sync(cut, index, entries, abandon_on_cancel=True)
+    return entries
 
 
 async def _scan(

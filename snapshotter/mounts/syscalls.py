@@ -71,6 +71,7 @@ class MountFlag(enum.IntFlag):
 
     READ_ONLY = 1 << 0
     NO_DEVICES = 1 << 2
+    REMOUNT = 1 << 5
     BIND = 1 << 12
     PRIVATE = 1 << 18
 
@@ -91,6 +92,17 @@ def bind(source: Path, target: Path) -> None:
     """
     _mount("bind", str(source), target, "", MountFlag.BIND, "")
     make_private(target)
+
+
+def bind_writable(source: Path, mountpoint: Path, target: Path) -> None:
+    """Show a directory of the file system mounted at `mountpoint`, which stays read-only itself, at
+    `target`, where its server is asked about changes.
+    """
+    _mount("change", "", mountpoint, "", MountFlag.REMOUNT, "")  # all of the file system
+    alone = MountFlag.REMOUNT | MountFlag.BIND
+    _mount("change", "", mountpoint, "", alone | MountFlag.READ_ONLY, "")
+    bind(source, target)
+    _mount("change", "", target, "", alone, "")
 
 
 def make_private(target: Path) -> None:

@@ -92,3 +92,18 @@ def _namespace(process: Path) -> str:
         return os.readlink(process / "ns/mnt")
     except PermissionError:
         return process.name
+
+
+def layers_below(store: Path, graph_roots: Iterable[Path]) -> set[str]:
+    """The digests of an image's layers that podman has from a layer store; `store` is the image's
+    directory in it. Blocks."""
+    found = set()
+    for root in graph_roots:
+        for diff in (root / DRIVER).glob("*/diff"):
+            try:
+                target = Path(os.readlink(diff))
+            except OSError:  # not a link: podman has it itself
+                continue
+            if target.parent.parent == store:
+                found.add(target.parent.name)
+    return found

@@ -71,7 +71,7 @@ def here() -> Iterator[Instance]:
 def any_podman(
     request: pytest.FixtureRequest, here: Instance, registry: RunningRegistry
 ) -> Iterator[Podman]:
-    """Each podman; it knows the stores of `here`, which its storage is part of."""
+    """Each podman; it knows the image store of `here`, which its storage is part of."""
     version: Version = request.param
     with podman(version, here.base / f"p{version}", registry.host, [here.base]) as made:
         here.environment["CONTAINERS_STORAGE_CONF"] = str(made.base / "storage.conf")

@@ -52,7 +52,7 @@ class Instance:
         """Used if it is there."""
         self.environment: dict[str, str] = {}
         """Variables that commands get besides those that are set."""
-        self._foreground: list[subprocess.Popen[bytes]] = []
+        self.started: list[subprocess.Popen[bytes]] = []
 
     def command(self, *arguments: str | Path) -> list[str]:
         """The command line; options for the instance go last."""
@@ -127,10 +127,11 @@ class Instance:
         with (self.state / "daemon.log").open("ab") as log:
             process = subprocess.Popen(
                 [*program, *self.command("daemon", *options)[len(_PROGRAM) :]],
+                env=os.environ | self.environment,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
             )
-        self._foreground.append(process)
+        self.started.append(process)
         return process
 
     def answers(self, process: subprocess.Popen[bytes]) -> bool:
@@ -154,11 +155,11 @@ class Instance:
                     for link in Path("/proc").glob("[0-9]*/fd/*")
                     if _target(link) == b"socket:[" + inode + b"]"
                 ]
-        return sorted(set(found) - {process.pid for process in self._foreground})
+        return sorted(set(found) - {process.pid for process in self.started})
 
     def clean(self) -> None:
         """End and unmount whatever a failed test has left."""
-        for process in self._foreground:
+        for process in self.started:
             if process.poll() is None:
                 process.kill()
             process.communicate()

@@ -1,0 +1,446 @@
+"""The images whose layers podman and CRI-O have from our additional layer store.
+
+An image is open from the moment somebody asks for one of its layers until nobody uses any. It is
+found under the reference that podman pulls; what was found is on disk, and is served again after a
+restart without network. A layer's tree is made from the headers of the tars below it, once a node.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import trio
+
+from index.erofs.reader import Image as Tree
+from index.errors import FirstByteError, IntegrityError
+from index.tables import Codec
+from snapshotter.fuse.view import MAX_SLOT, View
+from snapshotter.images.layer_trees import build_layer_trees
+from snapshotter.mounts import syscalls
+from snapshotter.mounts.errors import MountError
+from snapshotter.mounts.table import mount_at
+from snapshotter.nursery import open_nursery
+from snapshotter.podman.held import HeldImages
+from snapshotter.podman.layer_store import LayerStoreView, encode_reference
+from snapshotter.podman.storage_conf import DEFAULT_GRAPH_ROOT, find_storage_conf, read_storage_conf
+from snapshotter.podman.users import layers_below
+from snapshotter.podman.versions import may_answer_tables
+from snapshotter.registry.reading import read_blob
+from snapshotter.store.durable import make_directory, remove_file, write_file
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from snapshotter.daemon.images import Images
+    from snapshotter.daemon.open_image import OpenImage
+    from snapshotter.daemon.places import Places
+    from snapshotter.daemon.process import Stop
+    from snapshotter.fuse.view import Views
+    from snapshotter.podman.held import HeldImage
+    from snapshotter.registry.image import ResolvedImage
+    from snapshotter.registry.manifest import Descriptor
+
+log = logging.getLogger(__name__)
+
+VIEW_NAME = "podman-layers"
+"""The store's directory in the root of the FUSE mount."""
+
+TOC_ANNOTATIONS = (
+    "containerd.io/snapshot/stargz/toc.digest",
+    "io.github.containers.zstd-chunked.manifest-checksum",
+)
+"""Where an image names the tables of contents of its layers, which podman 5.1 and later ask for."""
+
+# Slots from the last one downwards; those that images get by themselves come from below.
+_STORE_SLOT = MAX_SLOT
+_LAYER_SLOT = MAX_SLOT - 1
+
+_REFUSED_SECONDS = 15.0
+"""For so long it is remembered that an image has no such layer for us: a pull asks for each of its
+layers. Guessed; a registry that does not answer is given up after some 5 s."""
+
+_SWEEP_SECONDS = 60.0  # an image that nobody uses stays for one to two of these; guessed
+
+_COMPRESSIONS = {Codec.PLAIN: 0, Codec.GZIP: 2, Codec.ZSTD: 4}
+"""containers/storage `pkg/archive` Compression."""
+
+
+class _Layer:
+    """One layer of a held image, as `podman.layer_store.StoredLayer`."""
+
+    def __init__(self, image: _Image, number: int, tree: View) -> None:
+        self._image = image
+        self._number = number
+        self._descriptor = image.resolved.manifest.layers[number]
+        self._fetching = trio.Lock()
+        self.tree = tree
+
+    @property
+    def names(self) -> list[str]:
+        """The digests that podman may ask for."""
+        return [self._descriptor.digest, *_tables_of(self._descriptor)]
+
+    @property
+    def blob_size(self) -> int:
+        return self._descriptor.size
+
+    def info(self, digest: str) -> bytes:
+        """containers/storage's Layer: with the layer's digest as it wants it before 1.54, else with
+        that of the table of contents."""
+        table = self._image.open.layers[self._number].table
+        diff_id = self._image.resolved.config.rootfs.diff_ids[self._number]
+        fields: dict[str, object] = {
+            "compressed-size": self._descriptor.size,
+            "diff-size": table.raw_size,
+            "compression": _COMPRESSIONS.get(table.codec, 0),
+        }
+        if digest == self._descriptor.digest:
+            fields |= {"compressed-diff-digest": digest, "diff-digest": diff_id}
+        else:
+            fields |= {"toc-digest": digest, "flags": {"expected-layer-diffid": diff_id}}
+        return json.dumps(fields).encode()
+
+    async def read_blob(self, offset: int, size: int) -> bytes:
+        """From a copy that is fetched, whole and verified, when somebody first reads it."""
+        async with self._fetching:
+            path = self._image.blobs / self._descriptor.digest.removeprefix("sha256:")
+            if not await trio.Path(path).exists():
+                await self._fetch(path)
+        return await trio.to_thread.run_sync(_read, path, offset, size)
+
+    async def _fetch(self, path: Path) -> None:
+        log.info("fetching layer %s whole, to be pushed or saved", self._descriptor.digest)
+        unfinished = path.with_suffix(".new")
+        hasher = hashlib.sha256()
+        async with await trio.open_file(unfinished, "wb") as file:
+
+            async def consume(piece: bytes) -> None:
+                hasher.update(piece)
+                await file.write(piece)
+
+            await read_blob(self._image.open.source, self._descriptor, consume)
+        if f"sha256:{hasher.hexdigest()}" != self._descriptor.digest:
+            self._image.open.source.doubt(self._descriptor)
+            raise IntegrityError(f"layer {self._descriptor.digest} came with other bytes")
+        await trio.Path(unfinished).rename(path)
+
+
+class _Image:
+    """A held image that is open. `idle` counts the sweeps that found nobody using it."""
+
+    def __init__(
+        self, held: HeldImage, resolved: ResolvedImage, image: OpenImage, blobs: Path
+    ) -> None:
+        self.held = held
+        self.resolved = resolved
+        self.open = image
+        self.blobs = blobs
+        self.layers: list[_Layer] = []
+        self.idle = 0
+
+    def number_of(self, digest: str) -> int | None:
+        for number, layer in enumerate(self.layers):
+            if digest in layer.names:
+                return number
+        return None
+
+
+class PodmanLayers:
+    """All of them. For the trio thread; it is what `podman.layer_store.Layers` asks for."""
+
+    def __init__(
+        self,
+        places: Places,
+        views: Views,
+        images: Images,
+        nursery: trio.Nursery,
+        *,
+        may_build: bool,
+    ) -> None:
+        """`may_build` as of `Images.acquire`. Raises StoreError."""
+        self._folder = places.root / "podman"
+        self._store = places.podman_layers
+        self._views = views
+        self._images = images
+        self._nursery = nursery
+        self._may_build = may_build
+        for directory in (self._trees, self._blobs):
+            make_directory(directory)
+        self._held = HeldImages(self._folder / "layers.json")
+        self._open: list[_Image] = []
+        self._refused: dict[tuple[str, str], float] = {}
+        self._locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+        self._counting = trio.Lock()
+        self._view = LayerStoreView(name=VIEW_NAME.encode(), slot=_STORE_SLOT, layers=self)
+
+    @property
+    def _trees(self) -> Path:
+        return self._folder / "trees"
+
+    @property
+    def _blobs(self) -> Path:
+        return self._folder / "blobs"
+
+    async def restore(self) -> None:
+        """Show the store, and serve what podman holds of it; before the kernel asks for any."""
+        self._views.add(self._view)
+        for held in self._held.images:
+            if not any(held.counts):
+                await trio.to_thread.run_sync(self._held.remove, held)
+                continue
+            try:
+                image = await self._images.open_known(held.manifest)
+                resolved = image.manifests[held.manifest]
+                try:
+                    await self._serve(held, resolved, image)
+                except BaseException:
+                    await self._images.release(image)
+                    raise
+            except FirstByteError as error:
+                log.error(
+                    "%s has layers in podman that cannot be served: %s", held.reference, error
+                )
+
+    async def sweep_forever(self) -> None:
+        """Close images that nobody uses any more."""
+        while True:
+            await trio.sleep(_SWEEP_SECONDS)
+            for image in list(self._open):
+                image.idle = 0 if any(image.held.counts) else image.idle + 1
+                if image.idle > 1:
+                    await self._drop(image)
+
+    async def close(self) -> None:
+        """Serve none of them any more; what podman holds stays on disk."""
+        while self._open:
+            await self._hide(self._open[-1])
+
+    # --- what the store asks ---
+
+    def known(self, reference: str, digest: str) -> _Layer | None:
+        found = self._locate(reference, digest)
+        return None if found is None else found[0].layers[found[1]]
+
+    async def find(self, reference: str, digest: str) -> _Layer | None:
+        async with self._lock(reference):
+            layer = self.known(reference, digest)
+            if layer is None and trio.current_time() >= self._refused.get((reference, digest), 0.0):
+                try:
+                    if not await self._acquire(reference, digest):
+                        self._refuse(reference, digest, "the image has no such layer")
+                except FirstByteError as error:
+                    self._refuse(reference, digest, str(error))
+                layer = self.known(reference, digest)
+            return layer
+
+    async def retain(self, reference: str, digest: str) -> None:
+        await self._count(reference, digest, 1)
+
+    async def release(self, reference: str, digest: str) -> None:
+        await self._count(reference, digest, -1)
+
+    async def _count(self, reference: str, digest: str, by: int) -> None:
+        found = self._locate(reference, digest)
+        if found is None:
+            log.warning("podman counts %s of %s, which is not served", digest, reference)
+            return
+        image, number = found
+        with trio.CancelScope(shield=True):
+            async with self._counting:
+                image.held = await trio.to_thread.run_sync(
+                    self._held.change, image.held, number, by
+                )
+                image.idle = 0
+
+    def _locate(self, reference: str, digest: str) -> tuple[_Image, int] | None:
+        for image in reversed(self._open):
+            if image.held.reference == reference:
+                number = image.number_of(digest)
+                if number is not None:
+                    return image, number
+        return None
+
+    def _refuse(self, reference: str, digest: str, why: str) -> None:
+        log.info("podman pulls %s of %s as ever: %s", digest, reference, why)
+        now = trio.current_time()
+        self._refused = {key: until for key, until in self._refused.items() if until > now}
+        self._refused[reference, digest] = now + _REFUSED_SECONDS
+
+    def _lock(self, reference: str) -> trio.Lock:
+        lock = self._locks.get(reference)
+        if lock is None:
+            lock = self._locks[reference] = trio.Lock()
+        return lock
+
+    # --- one image ---
+
+    async def _acquire(self, reference: str, digest: str) -> bool:
+        """Open the image that a reference stands for now; tells if the layer is one of it."""
+        image, resolved = await self._images.acquire_resolved(reference, may_build=self._may_build)
+        try:
+            if not await self._may_have(resolved, digest):
+                await self._images.release(image)
+                return False
+            await self._images.keep(image)
+            await self._make_trees(image)
+            with trio.CancelScope(shield=True):
+                held = await trio.to_thread.run_sync(
+                    self._held.add, reference, resolved.descriptor.digest, len(image.layers)
+                )
+                await self._serve(held, resolved, image)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._images.release(image)
+            raise
+        return True
+
+    async def _may_have(self, resolved: ResolvedImage, digest: str) -> bool:
+        if any(digest == layer.digest for layer in resolved.manifest.layers):
+            return True
+        named = any(digest in _tables_of(layer) for layer in resolved.manifest.layers)
+        if named and not await trio.to_thread.run_sync(may_answer_tables):
+            log.warning(
+                "podman would forget the layers of %s that it gets from the layer store: it gets "
+                "none, see docs/podman.md",
+                resolved.name,
+            )
+            return False
+        return named
+
+    async def _serve(self, held: HeldImage, resolved: ResolvedImage, image: OpenImage) -> None:
+        trees = await self._make_trees(image)
+        made = _Image(held, resolved, image, self._blobs)
+        for number, path in enumerate(trees):
+            mapped = await trio.to_thread.run_sync(_map, path)
+            slot = _LAYER_SLOT - held.number - number
+            view = View(
+                name=f"{VIEW_NAME}-{held.number + number}".encode(),
+                slot=slot,
+                reference=f"layer {number + 1} of {resolved.name}",
+                image=mapped,
+                layers=image.layers,
+                raw_size=0,
+            )
+            made.layers.append(_Layer(made, number, view))
+        for layer in made.layers:
+            self._views.add(layer.tree)
+        self._open.append(made)
+        self._nursery.start_soon(_pass_refusal, made)
+
+    async def _make_trees(self, image: OpenImage) -> list[Path]:
+        """The files with the layers' trees, made if they are not there."""
+        digest = image.found.index.digest.hex()
+        paths = [self._trees / f"{digest}.{number}" for number in range(len(image.layers))]
+        there = await trio.to_thread.run_sync(lambda: all(path.exists() for path in paths))
+        if not there:
+            trees = await build_layer_trees(image.found.index, image.layers)
+            for path, tree in zip(paths, trees, strict=True):
+                await trio.to_thread.run_sync(write_file, path, [tree])
+        return paths
+
+    async def _drop(self, image: _Image) -> None:
+        """Serve an image no more, if podman has nothing of it."""
+        prefix = self._store / encode_reference(image.held.reference).decode()
+        below = await trio.to_thread.run_sync(lambda: layers_below(prefix, _graph_roots()))
+        if any(self._locate(image.held.reference, name) for name in below):
+            log.warning("podman still has layers of %s, which it has given up", image.resolved.name)
+            return
+        async with self._lock(image.held.reference), self._counting:
+            if image not in self._open or any(image.held.counts):
+                return
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._held.remove, image.held)
+                await self._hide(image)
+                await trio.to_thread.run_sync(self._remove_files, image)
+
+    def _remove_files(self, image: _Image) -> None:
+        for layer in image.resolved.manifest.layers:
+            if not any(layer in other.resolved.manifest.layers for other in self._open):
+                remove_file(self._blobs / layer.digest.removeprefix("sha256:"))
+        index = image.open.found.index.digest
+        if not any(other.open.found.index.digest == index for other in self._open):
+            for number in range(len(image.layers)):
+                remove_file(self._trees / f"{index.hex()}.{number}")
+
+    async def _hide(self, image: _Image) -> None:
+        self._open.remove(image)
+        for layer in image.layers:
+            self._views.remove(layer.tree)
+        await self._images.release(image.open)
+
+
+@asynccontextmanager
+async def show_layer_store(layers: PodmanLayers, places: Places, stop: Stop) -> AsyncIterator[None]:
+    """Let podman find the store for as long as the block runs, and longer if `stop` leaves it to a
+    successor. Raises MountError."""
+    await trio.to_thread.run_sync(_bind, places)
+    try:
+        async with open_nursery() as nursery:
+            nursery.start_soon(layers.sweep_forever)
+            yield
+            nursery.cancel_scope.cancel()
+    finally:
+        if not stop.leaves:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(_unbind, places)
+                await layers.close()
+
+
+def is_shown(places: Places) -> bool:
+    """Whether a predecessor has left the store to us."""
+    return mount_at(places.podman_layers) is not None
+
+
+def _bind(places: Places) -> None:
+    make_directory(places.podman_layers)
+    if not is_shown(places):
+        syscalls.bind_writable(places.mount / VIEW_NAME, places.mount, places.podman_layers)
+
+
+def _unbind(places: Places) -> None:
+    try:
+        syscalls.unmount(places.podman_layers, detach=True)
+    except MountError as error:
+        log.warning("%s", error)
+
+
+async def _pass_refusal(image: _Image) -> None:
+    """An image that has lied is not read by its layers either."""
+    await image.open.settled.wait()
+    for layer in image.layers:
+        layer.tree.refusal = image.open.view.refusal
+
+
+def _tables_of(layer: Descriptor) -> list[str]:
+    """The digests of a layer's tables of contents."""
+    annotations = layer.annotations or {}
+    return [annotations[key] for key in TOC_ANNOTATIONS if key in annotations]
+
+
+def _map(path: Path) -> Tree:
+    with path.open("rb") as file:
+        return Tree(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(descriptor, size, offset)
+    finally:
+        os.close(descriptor)
+
+
+def _graph_roots() -> set[Path]:
+    try:
+        return {DEFAULT_GRAPH_ROOT, read_storage_conf(find_storage_conf()).graph_root}
+    except FirstByteError as error:
+        log.warning("%s", error)
+        return {DEFAULT_GRAPH_ROOT}

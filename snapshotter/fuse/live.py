@@ -1,0 +1,39 @@
+"""Views whose entries come and go, made up by the daemon.
+
+What the kernel asks about them may take a while to answer, and it may remember nothing of it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from snapshotter.fuse.view import View
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class LiveView(View):
+    """Answers of `image` hold for the moment. Inode numbers that are not known any more are stale:
+    the kernel looks the path up again."""
+
+    @abstractmethod
+    def knows(self, nid: int) -> bool:
+        """Whether there is such an inode."""
+
+    @abstractmethod
+    async def find(self, nid: int, name: bytes) -> tuple[View, int] | None:
+        """What a name in a directory stands for; it may be in another view."""
+
+    @abstractmethod
+    def entries(self, nid: int) -> Iterable[tuple[bytes, View, int]]:
+        """What is listed in a directory."""
+
+    async def noticed_create(self, nid: int, name: bytes) -> bool:
+        """Somebody wants to make a file; tells whether that meant something. None is made."""
+        return False
+
+    async def noticed_rmdir(self, nid: int, name: bytes) -> bool:
+        """Somebody wants to remove a directory; tells whether that meant something. None is."""
+        return False

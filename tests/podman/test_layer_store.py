@@ -1,0 +1,211 @@
+"""The additional layer store: podman pulls an image, and downloads none of its layers."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.awkward import TIMELESS, awkward_layers
+from tests.support.instance import Instance, instance, wait_until
+from tests.support.layouts import write_layout
+from tests.support.podman import Podman, podman
+from tests.support.registry import RunningRegistry, skopeo_push
+from tests.support.tars import file, tar
+from tests.support.trees import differences, read_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Instance]:
+    """An instance whose daemon runs as a service does."""
+    with instance() as made:
+        made.start()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def old(served: Instance, registry: RunningRegistry) -> Iterator[Podman]:
+    """podman 4.3, which asks for layers by their digests."""
+    with podman("4.3", served.base / "p4", registry.host, [served.base]) as made:
+        made.configure(additionallayerstores=[f"{served.root}/podman/layers:ref"])
+        yield made
+        made.reset()
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(old: Podman) -> Iterator[None]:
+    yield
+    old.reset()
+
+
+def counts(served: Instance) -> dict[str, list[int]]:
+    """How often each layer is used, by reference."""
+    held = json.loads((served.root / "podman/layers.json").read_bytes())
+    return {image["reference"]: image["counts"] for image in held["images"]}
+
+
+def unpulled(old: Podman) -> int:
+    """How many layers podman has not stored itself."""
+    return sum(diff.is_symlink() for diff in (old.graph_root / "overlay").glob("*/diff"))
+
+
+def test_a_pull_downloads_no_layer(served: Instance, old: Podman, app: str) -> None:
+    old.succeed("pull", "-q", app)
+    assert unpulled(old) == 3
+    assert counts(served)[app] == [1, 1, 1]
+    assert old.succeed("run", "--rm", app) == "third"
+    assert old.succeed("run", "--rm", app, "/bin/ls", "/srv") == "big"
+    old.succeed("rmi", app)
+    assert counts(served)[app] == [0, 0, 0]
+
+
+def test_what_was_pulled_is_pushed_and_saved_as_it_came(
+    served: Instance, old: Podman, app: str, registry: RunningRegistry
+) -> None:
+    """podman unpacks the registry's blobs for that, and packs them in its own way."""
+    old.succeed("pull", "-q", app)
+    copy = registry.reference("elsewhere/copy")
+    old.succeed("push", "-q", app, copy)
+    assert diff_ids_of(copy) == diff_ids_of(app)
+    saved = old.base / "saved"
+    old.succeed("save", "-q", "--format", "oci-dir", "-o", saved, app)
+    layers = {hashlib.sha256(gunzip(path)).hexdigest() for path in blobs_of(saved)}
+    assert layers >= {diff_id.removeprefix("sha256:") for diff_id in diff_ids_of(app)}
+    old.reset()
+    assert old.succeed("run", "--rm", copy) == "third"
+
+
+def diff_ids_of(reference: str) -> list[str]:
+    command = ["skopeo", "inspect", "--config", "--tls-verify=false", f"docker://{reference}"]
+    done = subprocess.run(command, check=True, capture_output=True)
+    diff_ids: list[str] = json.loads(done.stdout)["rootfs"]["diff_ids"]
+    return diff_ids
+
+
+def blobs_of(layout: Path) -> list[Path]:
+    return list((layout / "blobs/sha256").iterdir())
+
+
+def gunzip(path: Path) -> bytes:
+    data = path.read_bytes()
+    return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+
+
+def test_images_are_made_of_it_and_pushed(
+    served: Instance, old: Podman, app: str, registry: RunningRegistry
+) -> None:
+    old.succeed("run", "--name", "one", app, "/bin/sh", "-c", "echo written > /etc/name")
+    committed = registry.reference("elsewhere/committed")
+    old.succeed("commit", "-q", "one", committed)
+    folder = old.base / "context"
+    folder.mkdir()
+    (folder / "Dockerfile").write_text(f"FROM {app}\nRUN ls /srv > /etc/name\n")
+    built = registry.reference("elsewhere/built")
+    old.succeed("build", "-q", "-t", built, folder)
+    for made in (committed, built):
+        old.succeed("push", "-q", made)
+    old.reset()
+    assert counts(served)[app] == [0, 0, 0]
+    assert old.succeed("run", "--rm", committed, "/bin/cat", "/etc/name") == "written"
+    assert old.succeed("run", "--rm", built) == "big"
+
+
+def test_images_that_share_layers(
+    served: Instance, old: Podman, app: str, make_image: Callable[..., str]
+) -> None:
+    """podman has a layer once, from where it found it first; it goes with the last image."""
+    other = make_image("other", tar(file(b"etc/name", b"of the other\n")))
+    old.succeed("pull", "-q", app)
+    old.succeed("pull", "-q", other)
+    assert unpulled(old) == 4
+    old.succeed("rmi", app)
+    assert old.succeed("run", "--rm", "--pull=never", other) == "of the other"
+    assert counts(served)[app] == [1, 0, 0]
+    old.succeed("rmi", other)
+    assert counts(served)[app] == [0, 0, 0]
+    assert not any(counts(served)[other])
+
+
+def test_an_image_stays_while_a_container_uses_it(served: Instance, old: Podman, app: str) -> None:
+    old.succeed("run", "-d", "--name", "runs", app, "/bin/sleep", "infinity")
+    assert "in use" in old.fail("rmi", app)
+    old.succeed("rmi", "-f", app)
+    assert counts(served)[app] == [0, 0, 0]
+
+
+def test_podman_stacks_the_same_tree(
+    served: Instance, old: Podman, registry: RunningRegistry, tmp_path: Path
+) -> None:
+    """As umoci unpacks it; podman 4.3 itself cannot unpack these layers. Overlayfs counts the links
+    of a file as the layer does that brought it."""
+    layout = tmp_path / "layout"
+    write_layout(layout, awkward_layers())
+    awkward = registry.reference("awkward")
+    skopeo_push(layout, awkward)
+    old.succeed("pull", "-q", awkward)
+    assert unpulled(old) == len(awkward_layers())
+    stacked = read_tree(Path(old.succeed("image", "mount", awkward)), timeless=TIMELESS)
+    old.succeed("image", "umount", awkward)
+    subprocess.run(
+        ["umoci", "unpack", "--image", f"{layout}:latest", str(tmp_path / "bundle")],
+        check=True,
+        capture_output=True,
+    )
+    unpacked = read_tree(tmp_path / "bundle/rootfs", timeless=TIMELESS)
+    for path in (b"/links/outside", b"/links/two", b"/links/three"):
+        assert stacked[path].nlink == (unpacked[path].nlink or 0) + 1
+        stacked[path] = replace(stacked[path], nlink=unpacked[path].nlink)
+    assert not (lines := differences(stacked, unpacked)), "\n".join(lines)
+
+
+def test_what_is_there_without_a_daemon_does_not_break_podman(
+    served: Instance, old: Podman, app: str
+) -> None:
+    served.succeed("daemon", "--stop")
+    wait_until(lambda: not served.has_daemon())
+    assert list((served.root / "podman/layers").iterdir()) == []
+    old.succeed("pull", "-q", app)
+    assert unpulled(old) == 0
+    assert old.succeed("run", "--rm", app) == "third"
+    served.start()
+
+
+def test_layers_are_served_again_after_a_restart(served: Instance, old: Podman, app: str) -> None:
+    old.succeed("pull", "-q", app)
+    served.succeed("daemon", "--stop")
+    wait_until(lambda: not served.has_daemon())
+    served.start()
+    assert old.succeed("run", "--rm", app) == "third"
+    old.succeed("rmi", app)
+    assert counts(served)[app] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("after", [0.1, 0.4])
+def test_killed_while_podman_pulls_and_removes(
+    served: Instance, old: Podman, app: str, after: float
+) -> None:
+    """podman waits for the next daemon, and its own books are right."""
+    for command in (("pull", "-q", app), ("run", "--rm", app), ("rmi", app)):
+        with old.start(*command) as process:
+            time.sleep(after)  # where that is varies; it must be right everywhere
+            os.kill(served.status()["pid"], signal.SIGKILL)
+            served.start()
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    assert old.images() == {}
+    old.succeed("pull", "-q", app)
+    assert old.succeed("run", "--rm", app) == "third"
