@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 import trio
@@ -15,9 +15,11 @@ from index.errors import FirstByteError
 from snapshotter.cli.connection import json_option
 from snapshotter.daemon import client, config, protocol
 from snapshotter.daemon.places import Places
+from snapshotter.doctor import podman_facts
 from snapshotter.doctor.containerd import examine
 from snapshotter.doctor.facts import LocalFiles, collect
 from snapshotter.doctor.findings import any_problem
+from snapshotter.doctor.podman import examine as examine_podman
 from snapshotter.doctor.recommended import Expected
 
 if TYPE_CHECKING:
@@ -74,7 +76,43 @@ def containerd(
         registry_config_path=own.registry.config_path,
     )
     facts = collect(expected, _absolute(containerd_address), _served(places))
-    findings = examine(facts, expected, _absolute(containerd_config), LocalFiles())
+    _tell(examine(facts, expected, _absolute(containerd_config), LocalFiles()), as_json=as_json)
+
+
+@doctor.command()
+@click.option(
+    "--storage-conf",
+    type=_PATH,
+    help="podman's storage.conf [default: where root's podman looks for it].",
+)
+@click.option("--root", type=_PATH, help="Where images' data is kept [default: as configured].")
+@click.option("--state", type=_PATH, help="Where sockets and mounts are [default: as configured].")
+@json_option
+def podman(storage_conf: Path | None, root: Path | None, state: Path | None, as_json: bool) -> None:
+    """Check that podman finds FirstByte's stores, and which of them it can use.
+
+    Says of every check how it stands, and what to do where something is wrong. The exit status is
+    1 if there is a problem; warnings and skipped checks are none.
+    """
+    own = config.load(None)
+    places = Places(_absolute(root or own.root), _absolute(state or own.state))
+    status = _status(places)
+    facts = podman_facts.collect(
+        storage_conf, status if isinstance(status, str) else _unserved(status)
+    )
+    _tell(examine_podman(facts, places.podman_images, places.podman_layers), as_json=as_json)
+
+
+def _unserved(status: protocol.Status) -> list[tuple[str, str]]:
+    """The images of podman's store that cannot be read, and why."""
+    return [
+        (next(iter(image.names), image.id[:12]), image.problem)
+        for image in status.podman
+        if image.state == protocol.UNSERVED
+    ]
+
+
+def _tell(findings: list[Finding], *, as_json: bool) -> NoReturn:
     if as_json:
         click.echo(json.dumps({"findings": [_fields(finding) for finding in findings]}))
     else:
@@ -90,6 +128,16 @@ def _socket(own: config.Config, places: Places) -> Path:
 
 def _served(places: Places) -> Served | str:
     """The daemon's account of what it did for containerd, or why there is none."""
+    status = _status(places)
+    if isinstance(status, str):
+        return status
+    if status.containerd is None:
+        return "the daemon does not serve containerd"
+    return status.containerd
+
+
+def _status(places: Places) -> protocol.Status | str:
+    """The daemon's account of itself, or why there is none."""
 
     async def ask() -> protocol.Reply | None:
         with trio.fail_after(_ANSWER_SECONDS):
@@ -106,9 +154,7 @@ def _served(places: Places) -> Served | str:
     if reply is None:
         return f"no daemon runs in {places.state}"
     assert isinstance(reply, protocol.Status)
-    if reply.containerd is None:
-        return "the daemon does not serve containerd"
-    return reply.containerd
+    return reply
 
 
 def _show(finding: Finding) -> None:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from snapshotter.doctor.recommended import Expected
     from snapshotter.doctor.running import Plugin, Served
 
-_FUSE = Path("/dev/fuse")
+FUSE = Path("/dev/fuse")
+"""Where file systems are served."""
+
 _PROGRAM_SECONDS = 10.0
 _MAX_FILE = 16 << 20  # bytes; no configuration is as large
 
@@ -51,8 +53,8 @@ def collect(expected: Expected, containerd: Path, served: Served | str) -> Facts
         plugins=_plugins(containerd),
         socket=_socket(expected.address),
         answer_failure=_answer_failure(expected.address),
-        fuse=_is_device(_FUSE),
-        overlay_failure=try_overlay(_existing(expected.root)) if is_root else None,
+        fuse=is_device(FUSE),
+        overlay_failure=try_overlay(existing(expected.root)) if is_root else None,
         overlay_tried=is_root,
         served=served,
     )
@@ -126,14 +128,15 @@ def _socket(path: Path) -> Socket | None:
     return Socket(found.st_mode, found.st_uid)
 
 
-def _is_device(path: Path) -> bool:
+def is_device(path: Path) -> bool:
+    """Whether a character device is there."""
     try:
         return stat.S_ISCHR(path.stat().st_mode)
     except OSError:
         return False
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """The directory itself, or the nearest one above that exists: the same file system."""
     while not path.is_dir() and path != path.parent:
         path = path.parent

@@ -209,3 +209,13 @@ def test_killed_while_podman_pulls_and_removes(
     assert old.images() == {}
     old.succeed("pull", "-q", app)
     assert old.succeed("run", "--rm", app) == "third"
+
+
+def test_doctor_finds_nothing_to_mend(served: Instance, old: Podman) -> None:
+    images = served.root / "podman/images"
+    old.configure(
+        additionalimagestores=[images], additionallayerstores=[f"{served.root}/podman/layers:ref"]
+    )
+    found = served.succeed("doctor", "podman", "--storage-conf", old.base / "storage.conf")
+    assert "ok: layer-store: podman reads" in found
+    assert "ok: images: what is in the image store can be run" in found

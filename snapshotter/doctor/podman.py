@@ -1,0 +1,166 @@
+"""The examination for podman: from facts to findings, without I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from snapshotter.doctor.findings import Finding, ok, problem, skipped, warning
+from snapshotter.doctor.node import judge_fuse, judge_overlay
+from snapshotter.podman.versions import ASKS_FOR_BLOBS, ASKS_FOR_TABLES, FORGETS_LAYERS
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from pathlib import Path
+
+    from snapshotter.podman.storage_conf import StorageConf
+
+_START = "start the daemon: systemctl start firstbyte, or firstbyte daemon"
+_SHOWN = 5  # images that are not served; `firstbyte podman ls` has all
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is the case on a node. `conf` is a text if storage.conf cannot be read; `present` are
+    those of the stores that it names that are there. `unserved` are images of the image store that
+    cannot be read, with the reason; a text says why that is unknown."""
+
+    podman: tuple[int, int] | None
+    conf: StorageConf | str
+    present: Collection[str]
+    fuse: bool
+    overlay_failure: str | None
+    overlay_tried: bool
+    unserved: Sequence[tuple[str, str]] | str
+
+
+def examine(facts: Facts, image_store: Path, layer_store: Path) -> list[Finding]:
+    """All that is to be said, in the order in which it is to be mended."""
+    findings = [_judge_version(facts.podman)]
+    if isinstance(facts.conf, str):
+        findings.append(problem("storage.conf", facts.conf, "repair it; podman needs it, too"))
+        findings += [
+            skipped(check, "storage.conf cannot be read")
+            for check in ("stores", "image-store", "layer-store", "overlayfs")
+        ]
+    else:
+        conf = facts.conf
+        findings += _judge_conf(conf)
+        findings += _judge_present(conf, facts.present, image_store, layer_store)
+        findings.append(_judge_image_store(conf, image_store))
+        findings.append(_judge_layer_store(conf, layer_store, facts.podman))
+        findings.append(
+            judge_overlay(conf.graph_root, facts.overlay_failure, tried=facts.overlay_tried)
+        )
+    findings.append(judge_fuse(usable=facts.fuse))
+    findings += _judge_images(facts.unserved)
+    return findings
+
+
+def store_path(entry: str) -> str:
+    """The directory of an entry of additionallayerstores, which may end with an option."""
+    path, colon, _ = entry.rpartition(":")
+    return path if colon else entry
+
+
+def _judge_version(version: tuple[int, int] | None) -> Finding:
+    check = "podman"
+    if version is None:
+        return problem(check, "there is no podman", "install podman 3.3 or later")
+    if version < ASKS_FOR_BLOBS:
+        doors = "the image store alone: it knows no layer stores"
+    elif version < ASKS_FOR_TABLES:
+        doors = "the image store, and the layer store for any image"
+    elif version < FORGETS_LAYERS:
+        doors = "the image store, and the layer store for images with tables of contents"
+    else:
+        doors = "the image store alone: it forgets what it gets from a layer store"
+    return ok(check, f"version {version[0]}.{version[1]} can use {doors}")
+
+
+def _judge_conf(conf: StorageConf) -> list[Finding]:
+    check = "storage.conf"
+    if conf.path is None:
+        return [
+            problem(
+                check,
+                "there is none: podman looks into no store but its own",
+                "make /etc/containers/storage.conf, as in docs/podman.md",
+            )
+        ]
+    if conf.driver not in ("", "overlay"):
+        return [
+            problem(
+                check,
+                f"{conf.path} has the driver {conf.driver}",
+                'the stores work with overlay alone: driver = "overlay"',
+            )
+        ]
+    return [ok(check, f"{conf.path}, graph root {conf.graph_root}")]
+
+
+def _judge_present(
+    conf: StorageConf, present: Collection[str], image_store: Path, layer_store: Path
+) -> list[Finding]:
+    """A store that is missing keeps podman from doing anything at all."""
+    check = "stores"
+    named = [*conf.image_stores, *map(store_path, conf.layer_stores)]
+    missing = [path for path in named if path not in present]
+    if not missing:
+        return [ok(check, f"{len(named)} stores are named, and all are there")]
+    ours = (str(image_store), str(layer_store))
+    return [
+        problem(
+            check,
+            f"{path} does not exist: no podman command works",
+            _START if path in ours else f"mkdir -p {path}, or take it out of {conf.path}",
+        )
+        for path in missing
+    ]
+
+
+def _judge_image_store(conf: StorageConf, image_store: Path) -> Finding:
+    check = "image-store"
+    if str(image_store) in conf.image_stores:
+        return ok(check, f"podman reads {image_store}")
+    stores = ", ".join(f'"{path}"' for path in (*conf.image_stores, image_store))
+    return problem(
+        check,
+        f"podman does not read {image_store}: it runs no image of firstbyte podman add",
+        f"in storage.conf:\n[storage.options]\nadditionalimagestores = [{stores}]",
+    )
+
+
+def _judge_layer_store(
+    conf: StorageConf, layer_store: Path, version: tuple[int, int] | None
+) -> Finding:
+    check = "layer-store"
+    entry = f"{layer_store}:ref"
+    forgets = version is not None and version >= FORGETS_LAYERS
+    if str(layer_store) in conf.layer_stores:
+        return problem(
+            check,
+            f"{layer_store} is named without :ref, which says which image a layer is of",
+            f'in storage.conf:\n[storage.options]\nadditionallayerstores = ["{entry}"]',
+        )
+    if entry not in conf.layer_stores:
+        return ok(check, "not used: podman pull downloads all of an image")
+    if forgets:
+        return warning(
+            check,
+            f"{layer_store} is named, but this podman gets nothing from it",
+            "from 5.4 on podman forgets such layers: take it out, and use the image store",
+        )
+    return ok(check, f"podman reads {layer_store}")
+
+
+def _judge_images(unserved: Sequence[tuple[str, str]] | str) -> list[Finding]:
+    check = "images"
+    if isinstance(unserved, str):
+        return [problem(check, unserved, _START)]
+    if not unserved:
+        return [ok(check, "what is in the image store can be run")]
+    return [
+        problem(check, f"{name} cannot be run: {reason}", f"try: firstbyte podman add {name}")
+        for name, reason in unserved[:_SHOWN]
+    ]
