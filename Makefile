@@ -14,7 +14,7 @@ install: ## install for the whole machine, as root; PREFIX=/usr/local, DESTDIR= 
 uninstall: ## remove what make install has put there; data stays
 	@scripts/uninstall
 
-demo: ## start a container from an image that is not here yet; IMAGE=ref, RUNTIME=containerd
+demo: ## start a container from an image that is not here yet; IMAGE=ref, RUNTIME=containerd|podman
 	@scripts/setup program demo
 	@.venv/bin/firstbyte demo $${RUNTIME:+--runtime "$$RUNTIME"} $${IMAGE:+"$$IMAGE"}
 

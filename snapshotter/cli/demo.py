@@ -49,11 +49,11 @@ _PORTS = range(1, 65536)
 )
 @click.option(
     "--runtime",
-    type=click.Choice(["runc", "containerd"]),
+    type=click.Choice(["runc", "containerd", "podman"]),
     default="runc",
     show_default=True,
-    help="What starts the container: runc, on an image that FirstByte has mounted; or a containerd "
-    "whose snapshotter is FirstByte.",
+    help="What starts the container: runc, on an image that FirstByte has mounted; a containerd "
+    "whose snapshotter is FirstByte; or podman, from FirstByte's image store.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the timeline as one JSON object.")
 def demo(
@@ -69,7 +69,7 @@ def demo(
 
     Starts a registry behind a link of limited bandwidth, puts an image into it (IMAGE, or a sample
     made from this machine's packages), starts it lazily, and waits until the workload in it is
-    ready; then does the same by a full pull with containerd, and prints both timelines. IMAGE is
+    ready; then does the same by a full pull, and prints both timelines. IMAGE is
     run as it is, in the host's network, and counts as ready with its first line of output unless
     told otherwise.
 

@@ -72,6 +72,7 @@ class _Fetched(msgspec.Struct, frozen=True):
 
 class _Status(msgspec.Struct, frozen=True):
     mounts: list[_Image]
+    podman: list[_Image]
     containerd: _ForContainerd
     fetched: dict[str, _Fetched]
 
@@ -94,7 +95,8 @@ class Node:
     """An instance of FirstByte in the workspace, with nothing in its store yet.
 
     Its daemon runs from the end of the constructor until `stop`, as containerd does. `address` is
-    where it is containerd's snapshotter. `name` must be new in the workspace.
+    where it is containerd's snapshotter, `image_store` what podman may read. `name` must be new in
+    the workspace.
     """
 
     def __init__(self, workspace: Workspace, name: str = "node") -> None:
@@ -104,6 +106,7 @@ class Node:
         configuration = directory / "config.toml"
         configuration.write_text(_CONFIGURATION.format(directory=directory))
         self.address = places.state / SOCKET_NAME
+        self.image_store = places.podman_images
         self._options = ("--config", configuration)
         self._log = directory / "log"
         with self._log.open("wb") as log:
@@ -121,13 +124,17 @@ class Node:
         self._workspace.defer(f"unmount {directory}", lambda: self.unmount(directory))
         self._firstbyte("mount", reference, directory, seconds=_MOUNT_SECONDS)
 
+    def add_to_podman(self, reference: str) -> None:
+        """Put an image into the image store."""
+        self._firstbyte("podman", "add", reference, seconds=_MOUNT_SECONDS)
+
     def local_bytes(self) -> tuple[int, int]:
         """How much of its one image, unpacked, is on this machine, and how much there is.
 
         Raises DemoError if there is none: containerd has pulled it as without FirstByte.
         """
         status = self._status()
-        for image in (*status.mounts, *status.containerd.images):
+        for image in (*status.mounts, *status.podman, *status.containerd.images):
             return image.local_bytes, image.total_bytes
         reasons = [fallback.reason for fallback in status.containerd.fallbacks]
         raise DemoError("no image is served lazily", hint="; ".join(reasons))
@@ -162,10 +169,8 @@ class Node:
         """End the daemon; nothing if it ended already."""
         stop_group(self._daemon, signal.SIGINT, signal.SIGKILL)  # SIGTERM would leave mounts
 
-    def _firstbyte(self, command: str, *arguments: str | Path, seconds: float) -> str:
-        return self._workspace.run(
-            [*_FIRSTBYTE, command, *self._options, *arguments], seconds=seconds
-        )
+    def _firstbyte(self, *words: str | Path, seconds: float) -> str:
+        return self._workspace.run([*_FIRSTBYTE, *words, *self._options], seconds=seconds)
 
     def _wait(self, places: Places) -> None:
         end = time.monotonic() + _START_SECONDS

@@ -20,7 +20,7 @@ from snapshotter.demo.link import Link
 from snapshotter.demo.ready import HttpProbe, Probe, wait_ready
 from snapshotter.demo.registry import LocalRegistry
 from snapshotter.demo.timeline import FullPull, Lazy, Timeline
-from snapshotter.demo.ways import LazyMount, Pull, Runtime, UnpackedMount, Way
+from snapshotter.demo.ways import LazyMount, PodmanRun, Pull, Runtime, UnpackedMount, Way
 from snapshotter.demo.workspace import Workspace
 from snapshotter.registry.layout import PREFIX
 from snapshotter.registry.manifest import Manifest, parse, parse_config
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from snapshotter.registry.manifest import ImageConfig
 
 _PROGRAMS = ("docker-registry", "skopeo", "runc", "containerd", "ctr")
+_PROGRAMS_OF_PODMAN = ("docker-registry", "skopeo", "runc", "podman")
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _INSPECT_SECONDS = 30.0
 _LOCAL_SECONDS = 3600.0
@@ -71,7 +72,7 @@ def run_demo(workload: Workload, narrator: Narrator) -> Timeline:
 
     For the main thread. Raises DemoError and other FirstByteErrors, or InterruptedBySignal.
     """
-    check_machine()
+    check_machine(workload.runtime)
     with Interruption() as interruption, Workspace(interruption, narrator.say) as workspace:
         try:
             return _Demo(workload, narrator, workspace).run()
@@ -82,11 +83,12 @@ def run_demo(workload: Workload, narrator: Narrator) -> Timeline:
             narrator.say("* clean up")
 
 
-def check_machine() -> None:
+def check_machine(runtime: Runtime = "runc") -> None:
     """Raise DemoError if this machine or this user cannot run what the demo runs."""
     if os.geteuid():
         raise DemoError("this mounts file systems and runs containers", hint="run it as root")
-    if missing := [program for program in _PROGRAMS if not shutil.which(program)]:
+    programs = _PROGRAMS if runtime != "podman" else _PROGRAMS_OF_PODMAN
+    if missing := [program for program in programs if not shutil.which(program)]:
         raise DemoError(f"not installed: {', '.join(missing)}", hint="'make demo' installs them")
 
 
@@ -151,6 +153,9 @@ class _Demo:
         way: Way
         if self._workload.runtime == "runc":
             what, way = "mount the image", LazyMount(self._workspace, node, reference, config.run)
+        elif self._workload.runtime == "podman":
+            what = "add the image to podman's image store"
+            way = PodmanRun(self._workspace, "podman-lazy", reference, node)
         else:
             with self._narrator.step("start a containerd that has the daemon as its snapshotter"):
                 way = Pull(self._workspace, "containerd-lazy", reference, node)
@@ -169,6 +174,7 @@ class _Demo:
         node.stop()
         return Lazy(
             mounted_seconds=provided if self._workload.runtime == "runc" else None,
+            added_seconds=provided if self._workload.runtime == "podman" else None,
             pulled_seconds=provided if self._workload.runtime == "containerd" else None,
             ready_seconds=ready,
             needed_bytes=needed,
@@ -188,12 +194,16 @@ class _Demo:
         raise DemoError(f"the image was not local within {_LOCAL_SECONDS:.0f} s")
 
     def _start_after_pull(self, reference: str, config: ImageConfig) -> FullPull:
-        with self._narrator.step("start a containerd, to compare with"):
-            way: Way = (
-                UnpackedMount(self._workspace, reference, config.run)
-                if self._workload.runtime == "runc"
-                else Pull(self._workspace, "containerd-full", reference, None)
-            )
+        way: Way
+        if self._workload.runtime == "podman":
+            way = PodmanRun(self._workspace, "podman-full", reference, None)
+        else:
+            with self._narrator.step("start a containerd, to compare with"):
+                way = (
+                    UnpackedMount(self._workspace, reference, config.run)
+                    if self._workload.runtime == "runc"
+                    else Pull(self._workspace, "containerd-full", reference, None)
+                )
         self._drop_caches()
         started = time.monotonic()
         with self._narrator.step("pull all of the image and unpack it"):

@@ -7,11 +7,13 @@ import msgspec
 
 class Lazy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The lazy start. Times are seconds since `firstbyte mount` was called (`mounted_seconds` is
-    there), or since containerd was asked to pull (`pulled_seconds` is there). `fetched_bytes` and
+    there), `firstbyte podman add` was (`added_seconds`), or since containerd was asked to pull
+    (`pulled_seconds`). `fetched_bytes` and
     `requests` are all that the registry sent until the workload was ready; `needed_bytes` is the
     part that the workload waited for, the rest came in the background meanwhile."""
 
     mounted_seconds: float | None = None
+    added_seconds: float | None = None
     pulled_seconds: float | None = None
     ready_seconds: float
     needed_bytes: int
@@ -54,10 +56,17 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
     def as_text(self) -> str:
         """A few lines."""
         lazy, full = self.lazy, self.full_pull
-        by_pull = lazy.pulled_seconds is not None
-        provided = lazy.pulled_seconds if by_pull else lazy.mounted_seconds
+        provided = [
+            ("lazy", what, seconds, "")
+            for what, seconds in (
+                ("mounted", lazy.mounted_seconds),
+                ("added", lazy.added_seconds),
+                ("pulled", lazy.pulled_seconds),
+            )
+            if seconds is not None
+        ]
         rows: list[tuple[str, str, float | None, str]] = [
-            ("lazy", "pulled" if by_pull else "mounted", provided, ""),
+            *provided,
             (
                 "",
                 "ready",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from snapshotter.demo.container import Container
 from snapshotter.demo.containerd import Containerd
+from snapshotter.demo.podman import Podman, PodmanContainer
 from snapshotter.demo.ready import Watched
 from snapshotter.demo.task import Task
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from snapshotter.demo.workspace import Workspace
     from snapshotter.registry.manifest import RunConfig
 
-Runtime = Literal["runc", "containerd"]
+Runtime = Literal["runc", "containerd", "podman"]
 
 
 class Stoppable(Watched, Protocol):
@@ -99,6 +100,30 @@ class Pull:
 
     def close(self) -> None:
         self._containerd.stop()
+
+
+class PodmanRun:
+    """podman pulls the image and runs it; or a node puts it into an image store for podman."""
+
+    def __init__(self, workspace: Workspace, name: str, reference: str, node: Node | None) -> None:
+        """`name` must be new in the workspace."""
+        self._reference = reference
+        self._node = node
+        self._podman = Podman(workspace, name, [node.image_store] if node else [])
+
+    def provide(self) -> None:
+        if self._node is not None:
+            self._node.add_to_podman(self._reference)
+        else:
+            self._podman.pull(self._reference)
+
+    def start(self, environment: Mapping[str, str]) -> PodmanContainer:
+        container = PodmanContainer(self._podman, "start", self._reference)
+        container.start(environment)
+        return container
+
+    def close(self) -> None:
+        """Nothing runs between commands."""
 
 
 def _run(

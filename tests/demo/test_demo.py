@@ -38,6 +38,7 @@ STAGES = [
     "start a containerd",
     "pull all of the image",
 ]
+STAGES_OF_PODMAN = ["add the image to podman", "start a container"]
 STAGES_OF_CONTAINERD = [
     "start a containerd that",
     "pull the image",
@@ -133,7 +134,9 @@ def traces(directory: str, names: set[str]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("runtime", "provided"), [("runc", "mounted"), ("containerd", "pulled")])
+@pytest.mark.parametrize(
+    ("runtime", "provided"), [("runc", "mounted"), ("containerd", "pulled"), ("podman", "added")]
+)
 def test_it_starts_an_image_both_ways_and_says_how_long_it_took(
     small_image: str, runtime: str, provided: str
 ) -> None:
@@ -165,6 +168,7 @@ def test_the_timeline_is_what_it_prints_on_standard_output(small_image: str) -> 
     [
         *(("runc", stage) for stage in STAGES),
         *(("containerd", stage) for stage in STAGES_OF_CONTAINERD),
+        *(("podman", stage) for stage in STAGES_OF_PODMAN),
     ],
 )
 def test_ctrl_c_at_any_stage_leaves_nothing(small_image: str, runtime: str, stage: str) -> None:

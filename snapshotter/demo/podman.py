@@ -1,0 +1,134 @@
+"""A podman of the demo's own: for the full pull, and with FirstByte's image store.
+
+Everything that podman keeps is in the workspace, whatever other podman uses the machine. Sources:
+containers-storage.conf(5), containers.conf(5), podman-run(1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from snapshotter.demo.cgroups import remove_cgroups
+from snapshotter.demo.container import Output
+from snapshotter.demo.errors import DemoError
+from snapshotter.demo.workspace import stop_group
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from snapshotter.demo.workspace import Workspace
+
+_PULL_SECONDS = 3600.0
+_REMOVE_SECONDS = 30.0
+
+_STORAGE = """\
+[storage]
+driver = "overlay"
+graphroot = {directory}/graph"
+runroot = {directory}/run"
+[storage.options]
+additionalimagestores = {stores}
+"""
+# Locks in files: those in shared memory are one set for all of the machine.
+_ENGINE = """\
+[containers]
+netns = "host"
+default_ulimits = {limits}
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "none"
+lock_type = "file"
+runtime = "runc"
+tmp_dir = {directory}/tmp"
+"""
+# Raising limits needs CAP_SYS_RESOURCE, which a container host may lack; these every process has.
+_LIMITS = ["nofile=1024:1024", "nproc=1024:1024"]
+
+
+class Podman:
+    """Has no image of its own yet. `name` must be new in the workspace."""
+
+    def __init__(self, workspace: Workspace, name: str, stores: Sequence[Path] = ()) -> None:
+        """`stores` are additional image stores."""
+        self.workspace = workspace
+        self.directory = workspace.directory(name)
+        # Cgroups are the machine's: as unique as the workspace's directory.
+        self.cgroup = f"{workspace.path.name}-{name}"
+        directory = json.dumps(str(self.directory))[:-1]  # a TOML string that goes on
+        self._storage = self.directory / "storage.conf"
+        self._storage.write_text(
+            _STORAGE.format(directory=directory, stores=json.dumps([str(path) for path in stores]))
+        )
+        self._engine = self.directory / "containers.conf"
+        self._engine.write_text(_ENGINE.format(directory=directory, limits=json.dumps(_LIMITS)))
+
+    def pull(self, reference: str) -> None:
+        """Pull an image of this machine's platform. Raises DemoError."""
+        command = self.command("pull", "--quiet", "--tls-verify=false", reference)
+        self.workspace.run(command, seconds=_PULL_SECONDS)
+
+    def command(self, *arguments: str | Path) -> list[str | Path]:
+        """A command line for this podman."""
+        settings = {
+            "CONTAINERS_STORAGE_CONF": self._storage,
+            "CONTAINERS_CONF": self._engine,
+        }
+        return ["env", *(f"{key}={value}" for key, value in settings.items()), "podman", *arguments]
+
+
+class PodmanContainer:
+    """One container of a podman, with the image's own command. `name` must be new in it."""
+
+    def __init__(self, podman: Podman, name: str, reference: str) -> None:
+        self._podman = podman
+        self._name = name
+        self._reference = reference
+        self._pid_file = podman.directory / f"{name}.pid"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.output = Output()
+
+    def start(self, environment: Mapping[str, str]) -> None:
+        """Start it in the host's network; `environment` goes before what the image sets."""
+        podman = self._podman
+        podman.workspace.defer(f"remove the container {self._name}", self.stop)
+        command = podman.command(
+            "run",
+            "--pull=never",
+            *("--name", self._name),
+            *("--cgroup-parent", f"/{podman.cgroup}"),
+            *("--pidfile", self._pid_file),
+            *(f"--env={name}={value}" for name, value in environment.items()),
+            self._reference,
+        )
+        reader, writer = os.pipe()
+        try:
+            # It stays, passes on what the workload prints, and ends with its exit status.
+            self._process = podman.workspace.start(command, output=writer, errors=writer)
+        finally:
+            os.close(writer)
+            self.output.follow(reader)
+
+    def started(self) -> bool:
+        """Whether the workload was started. What is printed before is podman's complaint."""
+        return self._pid_file.exists()
+
+    def exit_status(self) -> int | None:
+        """The workload's exit status; None while it runs."""
+        return self._process.poll() if self._process else None
+
+    def stop(self) -> None:
+        """Kill the workload and remove the container; fine if nothing is there."""
+        if not self._process:
+            return
+        stop_group(self._process, signal.SIGKILL)  # of podman: the container goes on
+        self._process = None
+        remove = self._podman.command("rm", "--force", "--ignore", "--time=0", self._name)
+        with contextlib.suppress(DemoError):  # what was just being made, the workspace ends
+            self._podman.workspace.run(remove, seconds=_REMOVE_SECONDS)
+        remove_cgroups(self._podman.cgroup)
