@@ -46,7 +46,7 @@ class ConfiguredInstance(Instance):
             process = subprocess.Popen(
                 self.command("daemon"), stdout=subprocess.DEVNULL, stderr=log
             )
-        self._foreground.append(process)
+        self.started.append(process)
         wait_until(lambda: (self.state / "firstbyte-control.sock").exists() or process.poll())
         return process
 
