@@ -21,6 +21,7 @@ import trio
 from index.erofs.reader import Image as Tree
 from index.errors import FirstByteError, IntegrityError
 from index.tables import Codec
+from snapshotter.fuse.flat import FlatFile
 from snapshotter.fuse.view import MAX_SLOT, View
 from snapshotter.images.layer_trees import build_layer_trees
 from snapshotter.mounts import syscalls
@@ -76,21 +77,25 @@ _COMPRESSIONS = {Codec.PLAIN: 0, Codec.GZIP: 2, Codec.ZSTD: 4}
 class _Layer:
     """One layer of a held image, as `podman.layer_store.StoredLayer`."""
 
-    def __init__(self, image: _Image, number: int, tree: View) -> None:
+    def __init__(self, image: _Image, number: int, tree: View, blob_slot: int) -> None:
         self._image = image
         self._number = number
         self._descriptor = image.resolved.manifest.layers[number]
         self._fetching = trio.Lock()
         self.tree = tree
+        self.blob = View(
+            name=tree.name + b".blob",
+            slot=blob_slot,
+            reference=tree.reference,
+            image=FlatFile(self._descriptor.size, whole_blocks=False),
+            layers=[self],
+            raw_size=0,
+        )
 
     @property
     def names(self) -> list[str]:
         """The digests that podman may ask for."""
         return [self._descriptor.digest, *_tables_of(self._descriptor)]
-
-    @property
-    def blob_size(self) -> int:
-        return self._descriptor.size
 
     def info(self, digest: str) -> bytes:
         """containers/storage's Layer: with the layer's digest as it wants it before 1.54, else with
@@ -108,13 +113,16 @@ class _Layer:
             fields |= {"toc-digest": digest, "flags": {"expected-layer-diffid": diff_id}}
         return json.dumps(fields).encode()
 
-    async def read_blob(self, offset: int, size: int) -> bytes:
+    def read_now(self, offset: int, length: int) -> None:
+        """As of `RawSpace`, of the blob."""
+
+    async def read(self, offset: int, length: int) -> bytes:
         """From a copy that is fetched, whole and verified, when somebody first reads it."""
         async with self._fetching:
             path = self._image.blobs / self._descriptor.digest.removeprefix("sha256:")
             if not await trio.Path(path).exists():
                 await self._fetch(path)
-        return await trio.to_thread.run_sync(_read, path, offset, size)
+        return await trio.to_thread.run_sync(_read, path, offset, length)
 
     async def _fetch(self, path: Path) -> None:
         log.info("fetching layer %s whole, to be pushed or saved", self._descriptor.digest)
@@ -320,7 +328,7 @@ class PodmanLayers:
         made = _Image(held, resolved, image, self._blobs)
         for number, path in enumerate(trees):
             mapped = await trio.to_thread.run_sync(_map, path)
-            slot = _LAYER_SLOT - held.number - number
+            slot = _LAYER_SLOT - 2 * (held.number + number)
             view = View(
                 name=f"{VIEW_NAME}-{held.number + number}".encode(),
                 slot=slot,
@@ -329,9 +337,10 @@ class PodmanLayers:
                 layers=image.layers,
                 raw_size=0,
             )
-            made.layers.append(_Layer(made, number, view))
+            made.layers.append(_Layer(made, number, view, slot - 1))
         for layer in made.layers:
             self._views.add(layer.tree)
+            self._views.add(layer.blob)
         self._open.append(made)
         self._nursery.start_soon(_pass_refusal, made)
 
@@ -374,6 +383,7 @@ class PodmanLayers:
         self._open.remove(image)
         for layer in image.layers:
             self._views.remove(layer.tree)
+            self._views.remove(layer.blob)
         await self._images.release(image.open)
 
 

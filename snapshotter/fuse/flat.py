@@ -26,12 +26,14 @@ class FlatFile:
     root = 0
     inode_count = 1
 
-    def __init__(self, size: int, buffer: Buffer | None = None) -> None:
-        """`size` in bytes; of the buffer, if there is one. The file has zeros up to the end of the
-        last block: the kernel's EROFS reads whole ones, or nothing (EIO).
+    def __init__(
+        self, size: int, buffer: Buffer | None = None, *, whole_blocks: bool = True
+    ) -> None:
+        """`size` in bytes; of the buffer, if there is one. With `whole_blocks` it has zeros up
+        to the end of the last block: the kernel's EROFS reads whole ones, or nothing (EIO).
         """
         self._data = size
-        self._size = size + -size % BLOCK_SIZE
+        self._size = size + (-size % BLOCK_SIZE if whole_blocks else 0)
         self._device = 1 if buffer is None else 0
         self.buffer: Buffer = b"" if buffer is None else buffer
 

@@ -47,9 +47,8 @@ class StoredLayer(Protocol):
     @property
     def tree(self) -> View: ...
     @property
-    def blob_size(self) -> int: ...
+    def blob(self) -> View: ...
     def info(self, digest: str) -> bytes: ...
-    async def read_blob(self, offset: int, size: int) -> bytes: ...
 
 
 class Layers(Protocol):
@@ -119,7 +118,9 @@ class LayerStoreView(LiveView):
             return None
         if name == b"diff":
             return layer.tree, layer.tree.image.root
-        if name in (b"info", b"blob"):
+        if name == b"blob":
+            return layer.blob, layer.blob.image.root
+        if name == b"info":
             return self, self._add(_Node(parent.reference, parent.digest, name))
         return None
 
@@ -137,10 +138,10 @@ class LayerStoreView(LiveView):
         layer = self._source.known(node.reference, node.digest)
         if layer is None:
             return []
-        files = [_Node(node.reference, node.digest, name) for name in (b"blob", b"info")]
         return [
+            (b"blob", layer.blob, layer.blob.image.root),
             (b"diff", layer.tree, layer.tree.image.root),
-            *((one.name, self, self._add(one)) for one in files),
+            (b"info", self, self._add(_Node(node.reference, node.digest, b"info"))),
         ]
 
     async def noticed_create(self, nid: int, name: bytes) -> bool:
@@ -158,22 +159,19 @@ class LayerStoreView(LiveView):
         await self._source.release(node.reference, digest)
         return True
 
-    def read_now(self, nid: int, offset: int, size: int) -> Data | None:
+    def read_now(self, nid: int, offset: int, size: int) -> Data:
         node = self._node(nid)
-        if node.name != b"info":
-            return None
         return self._layer(node).info(node.digest)[offset : offset + size]
 
     async def read(self, nid: int, offset: int, size: int) -> Data:
-        return await self._layer(self._node(nid)).read_blob(offset, size)
+        return self.read_now(nid, offset, size)
 
     def inode(self, nid: int) -> Inode:
         """As of `Tree`."""
         node = self._node(nid)
         if not node.name:
             return Inode(nid, _DIRECTORY, 0, 0, 0, self._changed_ns, 2, (0, 0))
-        layer = self._layer(node)
-        size = layer.blob_size if node.name == b"blob" else len(layer.info(node.digest))
+        size = len(self._layer(node).info(node.digest))
         return Inode(nid, _FILE, 0, 0, size, 0, 1, (0, 0))
 
     def parent(self, nid: int) -> int:
