@@ -14,6 +14,7 @@ from snapshotter.daemon import protocol
 from snapshotter.daemon.records import Records
 from snapshotter.daemon.usage import disk_usage, listed, remove_leftover
 from snapshotter.podman.graph_root import GraphRoot
+from snapshotter.podman.held import HeldImages
 from snapshotter.store.collection import InUse, plan
 from snapshotter.store.errors import store_error
 from snapshotter.store.images import ImageStore
@@ -71,6 +72,8 @@ def _users(places: Places) -> dict[str, list[str]]:
     users: dict[str, list[str]] = {view.image: [] for view in records.views}
     for mount in records.mounts:
         users.setdefault(mount.digest, []).append(mount.target)
+    for held in HeldImages(places.podman_held).images:
+        users.setdefault(held.manifest, []).append(f"podman ({held.reference})")
     for image in GraphRoot(places.podman_images).images():
         name = next(iter(image.names or [image.id[:12]]))
         users.setdefault(image.original, []).append(f"podman ({name})")

@@ -57,6 +57,11 @@ class Places:
         return self.root / "podman" / "layers"
 
     @property
+    def podman_held(self) -> Path:
+        """What podman holds of the layer store."""
+        return self.root / "podman" / "layers.json"
+
+    @property
     def log(self) -> Path:
         return self.state / "daemon.log"
 

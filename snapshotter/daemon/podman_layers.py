@@ -182,7 +182,8 @@ class PodmanLayers:
         self._may_build = may_build
         for directory in (self._trees, self._blobs):
             make_directory(directory)
-        self._held = HeldImages(self._folder / "layers.json")
+        self._held = HeldImages(places.podman_held)
+        images.claims.append(self.claimed)
         self._open: list[_Image] = []
         self._refused: dict[tuple[str, str], float] = {}
         self._locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
@@ -196,6 +197,10 @@ class PodmanLayers:
     @property
     def _blobs(self) -> Path:
         return self._folder / "blobs"
+
+    def claimed(self) -> dict[str, str]:
+        """The images that are held, by their manifests' digests, and what podman calls them."""
+        return {held.manifest: held.reference for held in self._held.images}
 
     async def restore(self) -> None:
         """Show the store, and serve what podman holds of it; before the kernel asks for any."""

@@ -45,7 +45,6 @@ class HeldImages:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        make_directory(path.parent)
         try:
             self._file = msgspec.json.decode(path.read_bytes(), type=_File)
         except FileNotFoundError:
@@ -90,5 +89,6 @@ class HeldImages:
 
     def _write(self, images: list[HeldImage], next_number: int) -> None:
         file = _File(next_number, images)
+        make_directory(self._path.parent)
         write_file(self._path, [msgspec.json.encode(file)])
         self._file = file
