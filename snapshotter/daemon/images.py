@@ -31,9 +31,10 @@ from snapshotter.fetch.layer import LazyLayer
 from snapshotter.fetch.source import ImageLayerSource
 from snapshotter.fetch.startup import StartupRecorder
 from snapshotter.fetch.trace import StartTrace
-from snapshotter.images.discovery import FoundIndex, Trust, accept, find_index
+from snapshotter.images.discovery import FoundIndex, Trust, accept, look_up
 from snapshotter.images.indexing import build_index
 from snapshotter.images.prefix import build_prefix
+from snapshotter.registry.image import configure, find_manifest
 from snapshotter.registry.platform import Platform
 from snapshotter.store.collection import InUse
 from snapshotter.store.errors import StoreFullError
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from snapshotter.fuse.view import Views
     from snapshotter.registry.image import ImageSource, ResolvedImage
     from snapshotter.registry.locations import Locations
+    from snapshotter.registry.manifest import Manifest
     from snapshotter.store.layers import LayerStore
 
 log = logging.getLogger(__name__)
@@ -154,23 +156,29 @@ class Images:
         source = self._locate(plain_http or None).source(reference)
         trace, began = StartTrace(), trio.current_time()
         resolved = await self._knowledge.resolve(reference)
-        if resolved is None:
-            resolved = await source.resolve(wanted)
+        if resolved is not None:
+            manifest = resolved.manifest
+        else:
+            manifest = await find_manifest(source, wanted)
         began = trace.step("resolve", began)
-        digest = resolved.descriptor.digest
+        digest = manifest.descriptor.digest
         async with self._one_at_a_time(digest):
             image = self.having(digest)
             if image is not None:
                 image.users += 1
-                return image, resolved
+                return image, replace(image.manifests[digest], name=source.name)
             spool = Spool(self._root, self._store.space)
             expected = Expected(self._startups, source)
             try:
+                recalled = await self._knowledge.recall(digest, None)
                 if index is not None:
+                    resolved = resolved or await configure(source, manifest)
                     found = await self._given(resolved, index)
+                elif recalled is not None:
+                    resolved, found = replace(recalled[0], name=source.name), recalled[1]
                 else:
-                    found = await self._knowledge.index_of(resolved) or await self._find(
-                        source, resolved, spool, expected, report, may_build=may_build
+                    resolved, found = await self._find(
+                        source, manifest, spool, expected, report, may_build=may_build
                     )
                 began = trace.step("file index", began)
                 image = await self._share(
@@ -520,15 +528,16 @@ class Images:
     async def _find(
         self,
         source: ImageSource,
-        resolved: ResolvedImage,
+        manifest: Manifest,
         spool: Spool,
         expected: Expected,
         report: Callable[[Progress], None],
         *,
         may_build: bool,
-    ) -> FoundIndex:
-        """The index from the registry, or one that is built here by reading every layer."""
-        found = await find_index(source, resolved, self._trusted, on_pack=expected.expect)
+    ) -> tuple[ResolvedImage, FoundIndex]:
+        """The image, with the index from the registry, or one that is built here by reading every
+        layer."""
+        resolved, found = await look_up(source, manifest, self._trusted, on_pack=expected.expect)
         if found is None:
             if not may_build:
                 raise NoIndexError(f"{resolved.name} has no file index that can be used")
@@ -544,7 +553,7 @@ class Images:
             )
             found = FoundIndex(index, Trust.LOCAL)
         kept = await self._written(partial(self._knowledge.keep_index, found.index))
-        return replace(found, index=kept)
+        return resolved, replace(found, index=kept)
 
     async def _written(self, write: Callable[[], Awaitable[_T]]) -> _T:
         """The result of what writes to the store. On a full disk room is made for it, once."""

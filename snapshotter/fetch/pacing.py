@@ -81,7 +81,7 @@ BLOCKED = Mood(gain=0.9, queue=0.0, segments=0)
 these numbers, on simulated links from 0.5 to 150 ms, readers wait a fifth longer than without fill
 (plus one segment where the link holds less than that), and 0.7 to 0.98 of the link is used."""
 
-EXPECTING = Mood(gain=1.0, queue=0.001, segments=1)
+EXPECTING = Mood(gain=1.0, queue=0.001, segments=2)
 """The next read is not far: a queue that it will hardly notice."""
 
 ALONE = Mood(gain=2.0, queue=0.02, segments=2)
@@ -149,6 +149,10 @@ class Pacing:
     def holds(self) -> int:
         """Bytes that are under way when the link is busy and nothing queues."""
         return int(self.rate * self.delay)
+
+    def carries(self, seconds: float) -> int:
+        """Bytes that come in a round trip and so many seconds."""
+        return int(self.rate * (self.delay + seconds))
 
     @property
     def fan(self) -> int:

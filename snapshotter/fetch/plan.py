@@ -29,7 +29,8 @@ MAX_GAP = 4
 
 MAX_WASTE = 1 << 20
 """Raw bytes that a fill run may leave to be decoded twice rather than go on to the next seek
-point. It ends, in its second half, where that is least: right after a seek point at best."""
+point. Runs that others follow end, in their second half, where that is least: right after a seek
+point at best."""
 
 
 def plan_run(wants: WantTable, want: Want) -> Run:
@@ -49,8 +50,9 @@ def plan_run(wants: WantTable, want: Want) -> Run:
             break
         last = following
     fill = want.priority is Priority.FILL
-    if fill and _queued(layer, last + 1, Priority.FILL):
-        last = min(range(last, (first + last) // 2, -1), key=partial(_waste, origin.table))
+    if _queued(layer, last + 1, Priority.FILL):
+        earliest = max((first + last) // 2 + 1, want.chunk)
+        last = min(range(last, earliest - 1, -1), key=partial(_waste, origin.table))
     run = Run(origin, layer, first, last)
     if fill and last < run.last_chunk and _waste(origin.table, last) <= MAX_WASTE:
         run.stop_before(last + 1)

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 LARGEST_REQUEST = 16 << 20
 """Compressed bytes of any one request."""
 
+READER_REQUEST = 1 << 20
+"""Compressed bytes of one request for a reader, unless the link holds more: it may turn elsewhere
+meanwhile, and what of a response is not read is lost, and the connection with it."""
+
 LEAVE_COST = 4 << 20
 """Compressed bytes: a run that would have to decode more than this again, should somebody want
 the next chunk later, is better finished. Plain zstd streams have one seek point for all."""
@@ -142,26 +146,34 @@ class Run:
 
     # --- receiving ---
 
-    def request_end(self, *, segment: int, slack: int) -> int:
+    def request_end(self, *, segment: int, holds: int) -> int:
         """Where the next request should end: after the chunks that are more urgent than fill, or
         else after all of them, as far as can be told.
 
-        Requests for fill have at most `segment` bytes. For a reader the rest of a span is asked
-        for, too, if it is at most `slack`: the link carries that before the next request's answer.
+        Requests for fill have at most `segment` bytes, those for readers twice what the link
+        `holds`, or READER_REQUEST, or what a blocked read needs. The rest of a span is asked for,
+        too, if it is at most half of what the link holds, which carries it before the next
+        request's answer.
         """
         priority = self.priority
         end = self.span.end
         if self.wants:
-            urgent = [chunk for chunk, want in self.wants.items() if want.priority]
+            urgent = [chunk for chunk, want in self.wants.items() if want.priority != Priority.FILL]
             last = max(urgent or self.wants)
             end = min(end, self.origin.table.span(last, last).end)
             # What follows the last chunk in its span is fill, or belongs to other runs.
             guess = self._expected_end(last) + GUESS_MARGIN
-            if guess > self.position and (priority is Priority.FILL or end - guess > slack):
+            if guess > self.position and (priority is Priority.FILL or end - guess > holds // 2):
                 end = min(end, guess)
         if end <= self.position:
             end = self.span.end
-        longest = segment if priority is Priority.FILL else LARGEST_REQUEST
+        if priority is Priority.FILL:
+            return min(end, self.position + segment)
+        blocked = [chunk for chunk, want in self.wants.items() if want.priority is Priority.BLOCKED]
+        longest = max(READER_REQUEST, 2 * holds)
+        if blocked:
+            needed = self._expected_end(min(blocked)) + GUESS_MARGIN - self.position
+            longest = max(longest, min(needed, LARGEST_REQUEST))
         return min(end, self.position + longest)
 
     def _expected_end(self, chunk: int) -> int:

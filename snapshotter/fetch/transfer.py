@@ -30,13 +30,16 @@ BATCH = 256 << 10
 """Compressed bytes that are decoded together when nobody is blocked: a hop to a worker thread
 and back costs 110 us."""
 
-DRAIN = 256 << 10
-"""Compressed bytes of a body that are read to the end although nobody wants them, so that the
-connection can be used again; more on a long link. A new one costs two or three round trips."""
+DRAIN = 0.01
+"""Seconds, and a round trip, for which a body is read on although nobody wants it, so that the
+connection can be used again. A new one costs two or three round trips."""
 
-NEAR = 128 << 10
-"""Compressed bytes that a run in flight may be away from a chunk that somebody is blocked on and
-still be the one to bring it, if the link holds less: a request of its own costs as much."""
+NEAR = 512 << 10
+OVERHEAD = 0.005
+"""How far a run in flight may be from a chunk that somebody is blocked on and still be the one to
+bring it: NEAR compressed bytes, or what comes while a request of its own makes its round trip, and
+OVERHEAD seconds for all that is done for one. Less makes runs that stop in the middle of a
+response, whose rest is lost."""
 
 QUIET = 2.0
 """Seconds without a blocked read after which fill may use the link as if it were alone. A start
@@ -102,7 +105,7 @@ class Transfer:
 
     def near(self, run: Carrier) -> int:
         """Compressed bytes that come sooner in a run that is in flight than with a request."""
-        return max(self._pacing(run).holds, NEAR)
+        return max(NEAR, self._pacing(run).carries(OVERHEAD))
 
     def pacing(self, site: str) -> Pacing:
         """What is known of the way to one registry."""
@@ -232,7 +235,7 @@ class Transfer:
         """
         await self._take_turn(run)
         pacing = self._pacing(run)
-        end = run.request_end(segment=pacing.segment(self._mood), slack=pacing.holds // 2)
+        end = run.request_end(segment=pacing.segment(self._mood), holds=pacing.holds)
         if end <= run.position:
             raise FormatError(f"{run.origin.table} has no bytes for {run.span}")
         self._stats.requests[run.priority] += 1
@@ -273,7 +276,7 @@ class Transfer:
                             self._expect_byte(patience)
                             return
                     if not run.wants and not run.expensive_to_leave:
-                        if end - run.position > max(DRAIN, 2 * self._pacing(run).holds):
+                        if end - run.position > self._pacing(run).carries(DRAIN):
                             return
                     elif self._must_give_way(run):
                         patience.deadline = math.inf

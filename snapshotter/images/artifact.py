@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from index.errors import IntegrityError
+from index.errors import FirstByteError, IntegrityError
 from snapshotter.registry.digests import digest_of
 from snapshotter.registry.image import body_of
 from snapshotter.registry.manifest import EMPTY_DESCRIPTOR, EMPTY_JSON, Descriptor, Manifest
@@ -29,6 +29,10 @@ used, which the list of referrers tells without a further request."""
 
 DIGEST_ANNOTATION = "io.firstbyte.index.digest"
 """On the artifact: the index digest, which does not depend on compression."""
+
+BLOBS_ANNOTATION = "io.firstbyte.index.blobs"
+"""On the artifact: `<digest>,<size>` of its index and, after a space, of its startup pack if it has
+one. The list of referrers has it, too, so that the artifact itself need not be fetched."""
 
 LAYER_ANNOTATION = "containerd.io/snapshot/firstbyte.index"
 """On every layer of a converted image: `<digest>,<size>` of the index's blob. containerd hands
@@ -54,6 +58,7 @@ async def publish(
         digest = Descriptor(media_type=PACK_TYPE, digest=digest_of(pack), size=len(pack))
         blobs.append((digest, pack))
         annotations[PACKED_ANNOTATION] = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+    annotations[BLOBS_ANNOTATION] = " ".join(f"{blob.digest},{blob.size}" for blob, _ in blobs)
     await sink.write_blob(EMPTY_DESCRIPTOR, body_of(EMPTY_JSON))
     for blob, data in blobs:
         await sink.write_blob(blob, body_of(data))
@@ -73,6 +78,24 @@ def blobs_of(artifact: Manifest) -> tuple[Descriptor, Descriptor | None]:
     if types not in ([ARTIFACT_TYPE], [ARTIFACT_TYPE, PACK_TYPE]):
         raise IntegrityError("the artifact is not a file index, and perhaps a startup pack")
     return artifact.layers[0], artifact.layers[1] if len(types) > 1 else None
+
+
+def listed_blobs(artifact: Descriptor) -> tuple[Descriptor, Descriptor | None] | None:
+    """As `blobs_of`, from the list of referrers alone; None if that does not tell."""
+    names = (artifact.annotation(BLOBS_ANNOTATION) or "").split(" ")
+    if len(names) > 2 or not names[0]:
+        return None
+    try:
+        index = named_blob(names[0], ARTIFACT_TYPE)
+        return index, named_blob(names[1], PACK_TYPE) if len(names) > 1 else None
+    except (FirstByteError, ValueError):
+        return None
+
+
+def named_blob(text: str, media_type: str) -> Descriptor:
+    """From `<digest>,<size>`, as annotations have it. Raises ValueError or a FirstByteError."""
+    digest, _, size = text.partition(",")
+    return Descriptor(media_type=media_type, digest=digest, size=int(size))
 
 
 def blob_descriptor(packed: bytes) -> Descriptor:

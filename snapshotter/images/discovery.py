@@ -19,12 +19,15 @@ from snapshotter.images.artifact import (
     PACKED_ANNOTATION,
     blobs_of,
     check_belongs,
+    listed_blobs,
+    named_blob,
 )
 from snapshotter.registry.errors import RegistryError
+from snapshotter.registry.image import configure
 from snapshotter.registry.manifest import Descriptor, Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Awaitable, Callable, Collection
 
     from snapshotter.registry.image import ImageSource, ResolvedImage
 
@@ -67,23 +70,50 @@ async def find_index(
     A candidate that is damaged, malformed or of other layers is logged and passed over, as is a
     registry that cannot be asked: an image without an index is slower, not broken.
     """
-    pinned = _pinned(image) if Trust.ANNOTATION in trusted else None
-    if pinned is not None:
-        index = await _try(source, image, pinned)
-        if index is not None:
-            return FoundIndex(index, Trust.ANNOTATION)
-    if Trust.REFERRER not in trusted:
-        return None
-    try:
-        artifacts = await source.referrers(image.descriptor.digest, ARTIFACT_TYPE)
-    except RegistryError as error:
-        log.warning("cannot ask for file indexes of %s: %s", image.name, error)
-        return None
-    for artifact in sorted(artifacts, key=_packed_at, reverse=True):
-        found = await _try_artifact(source, image, artifact, on_pack)
-        if found is not None:
-            return found
-    return None
+
+    async def resolved() -> ResolvedImage:
+        return image
+
+    return await _Search(source, image.manifest, resolved, on_pack).run(trusted)
+
+
+async def look_up(
+    source: ImageSource,
+    manifest: Manifest,
+    trusted: Collection[Trust],
+    *,
+    on_pack: Callable[[Descriptor], None] = lambda _: None,
+) -> tuple[ResolvedImage, FoundIndex | None]:
+    """The configuration of an image and, at the same time, its index as `find_index` has it: one
+    round trip if the image pins it, two if it is among the referrers.
+
+    Raises what `configure` raises.
+    """
+    image: ResolvedImage | None = None
+    found: FoundIndex | None = None
+    failure: FirstByteError | None = None
+    configured = trio.Event()
+
+    async def resolved() -> ResolvedImage:
+        await configured.wait()
+        assert image is not None
+        return image
+
+    async def search() -> None:
+        nonlocal found
+        found = await _Search(source, manifest, resolved, on_pack).run(trusted)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(search)
+        try:
+            image = await configure(source, manifest)
+            configured.set()
+        except FirstByteError as error:
+            failure = error
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    return await resolved(), found
 
 
 async def find_pack(
@@ -123,43 +153,75 @@ def _packed_at(artifact: Descriptor) -> str:
     return artifact.annotation(PACKED_ANNOTATION) or ""
 
 
-async def _try_artifact(
-    source: ImageSource,
-    image: ResolvedImage,
-    artifact: Descriptor,
-    on_pack: Callable[[Descriptor], None],
-) -> FoundIndex | None:
-    try:
-        manifest = await source.fetch_manifest(artifact)
+class _Search:
+    """For the index of one image. What it fetches is only looked into when `resolved` returns."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        manifest: Manifest,
+        resolved: Callable[[], Awaitable[ResolvedImage]],
+        on_pack: Callable[[Descriptor], None],
+    ) -> None:
+        self._source = source
+        self._manifest = manifest
+        self._resolved = resolved
+        self._on_pack = on_pack
+
+    async def run(self, trusted: Collection[Trust]) -> FoundIndex | None:
+        pinned = self._pinned() if Trust.ANNOTATION in trusted else None
+        if pinned is not None:
+            index = await self._try(pinned)
+            if index is not None:
+                return FoundIndex(index, Trust.ANNOTATION)
+        if Trust.REFERRER not in trusted:
+            return None
+        digest = self._manifest.descriptor.digest
+        try:
+            artifacts = await self._source.referrers(digest, ARTIFACT_TYPE)
+        except RegistryError as error:
+            log.warning("cannot ask for file indexes of %s: %s", self._source.name, error)
+            return None
+        for artifact in sorted(artifacts, key=_packed_at, reverse=True):
+            found = await self._try_artifact(artifact)
+            if found is not None:
+                return found
+        return None
+
+    async def _try_artifact(self, artifact: Descriptor) -> FoundIndex | None:
+        try:
+            blob, pack = listed_blobs(artifact) or await self._blobs_of(artifact)
+        except FirstByteError as error:
+            log.warning("file index %s of %s: %s", artifact.digest, self._source.name, error)
+            return None
+        if pack is not None:
+            self._on_pack(pack)
+        index = await self._try(blob)
+        return None if index is None else FoundIndex(index, Trust.REFERRER, pack)
+
+    async def _blobs_of(self, artifact: Descriptor) -> tuple[Descriptor, Descriptor | None]:
+        manifest = await self._source.fetch_manifest(artifact)
         if not isinstance(manifest, Manifest):
             raise IntegrityError("the artifact is no manifest")
-        blob, pack = blobs_of(manifest)
-    except FirstByteError as error:
-        log.warning("file index %s of %s: %s", artifact.digest, image.name, error)
-        return None
-    if pack is not None:
-        on_pack(pack)
-    index = await _try(source, image, blob)
-    return None if index is None else FoundIndex(index, Trust.REFERRER, pack)
+        return blobs_of(manifest)
 
+    async def _try(self, blob: Descriptor) -> FileIndex | None:
+        try:
+            data = await self._source.fetch_blob(blob, max_size=MAX_INDEX)
+            return await trio.to_thread.run_sync(accept, data, await self._resolved())
+        except FirstByteError as error:
+            log.warning(
+                "file index %s of %s is not used: %s", blob.digest, self._source.name, error
+            )
+            return None
 
-async def _try(source: ImageSource, image: ResolvedImage, blob: Descriptor) -> FileIndex | None:
-    try:
-        data = await source.fetch_blob(blob, max_size=MAX_INDEX)
-        return await trio.to_thread.run_sync(accept, data, image)
-    except FirstByteError as error:
-        log.warning("file index %s of %s is not used: %s", blob.digest, image.name, error)
-        return None
-
-
-def _pinned(image: ResolvedImage) -> Descriptor | None:
-    values = (layer.annotation(LAYER_ANNOTATION) for layer in image.manifest.layers)
-    value = next((value for value in values if value is not None), None)
-    if value is None:
-        return None
-    digest, _, size = value.partition(",")
-    try:
-        return Descriptor(media_type=ARTIFACT_TYPE, digest=digest, size=int(size))
-    except (FirstByteError, ValueError) as error:
-        log.warning("%s pins its file index as %r: %s", image.name, value, error)
-        return None
+    def _pinned(self) -> Descriptor | None:
+        values = (layer.annotation(LAYER_ANNOTATION) for layer in self._manifest.layers)
+        value = next((value for value in values if value is not None), None)
+        if value is None:
+            return None
+        try:
+            return named_blob(value, ARTIFACT_TYPE)
+        except (FirstByteError, ValueError) as error:
+            log.warning("%s pins its file index as %r: %s", self._source.name, value, error)
+            return None

@@ -108,6 +108,11 @@ async def resolve(source: ImageSource, platform: Platform) -> ResolvedImage:
     `ResolvedImage.config.platform` tells. Raises NotFoundError if no platform fits,
     UnsupportedError if it is no image, IntegrityError or ProtocolError if it makes no sense.
     """
+    return await configure(source, await find_manifest(source, platform))
+
+
+async def find_manifest(source: ImageSource, platform: Platform) -> Manifest:
+    """The first half of `resolve`: one round trip, or two if the name stands for a list."""
     root = await source.fetch_root()
     for _ in range(_MAX_NESTING):
         if isinstance(root, Manifest):
@@ -116,14 +121,19 @@ async def resolve(source: ImageSource, platform: Platform) -> ResolvedImage:
     else:
         raise ProtocolError(f"{source.name} is platform lists within platform lists")
     manifests.check_image(root, source.name)
-    raw = await source.fetch_blob(root.config, max_size=manifests.MAX_MANIFEST)
+    return root
+
+
+async def configure(source: ImageSource, manifest: Manifest) -> ResolvedImage:
+    """The second half of `resolve`: one more round trip."""
+    raw = await source.fetch_blob(manifest.config, max_size=manifests.MAX_MANIFEST)
     config = manifests.parse_config(raw, f"the configuration of {source.name}")
-    if len(config.rootfs.diff_ids) != len(root.layers):
+    if len(config.rootfs.diff_ids) != len(manifest.layers):
         raise ProtocolError(
-            f"{source.name} has {len(root.layers)} layers, but its configuration "
+            f"{source.name} has {len(manifest.layers)} layers, but its configuration "
             f"lists {len(config.rootfs.diff_ids)}"
         )
-    return ResolvedImage(source.name, root.descriptor, root, config, raw)
+    return ResolvedImage(source.name, manifest.descriptor, manifest, config, raw)
 
 
 def body_of(data: bytes) -> Body:

@@ -6,6 +6,7 @@ Source: OCI distribution spec 1.1, "Listing Referrers" and "Unavailable Referrer
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode, urljoin
 
@@ -52,12 +53,17 @@ def next_page(link: str | None) -> str | None:
 
 
 async def find(session: Session, digest: str, artifact_type: str) -> list[Descriptor]:
-    """The referrers of `digest` with one artifact type: from the API, or else the fallback tag."""
+    """The referrers of `digest` with one artifact type: from the API, or else the fallback tag.
+
+    That a host lacks the API is remembered for a while: it saves a round trip for each image.
+    """
     query = urlencode({"artifactType": artifact_type})
-    try:
-        found = await _from_api(session, f"referrers/{digest}?{query}", digest)
-    except (NotFoundError, ProtocolError):  # 400 and 405 are also said by those who lack the API
-        found = None
+    found = None
+    if not session.lacks_referrers:
+        with suppress(NotFoundError, ProtocolError):  # 400 and 405 are also said by who lacks it
+            found = await _from_api(session, f"referrers/{digest}?{query}", digest)
+        if found is None:
+            session.note_lack_of_referrers()
     if found is None:
         found = await from_fallback_tag(session, digest)
     return of_type(found, artifact_type)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS = 5
+_LACK_REMEMBERED = 3600.0  # seconds; a guess at how late an update of a registry may be seen
 
 
 class Session:
@@ -60,6 +61,14 @@ class Session:
         self._basic: str | None = None
         self._tokens = auth.TokenCache()
         self._renewing = trio.Lock()
+
+    @property
+    def lacks_referrers(self) -> bool:
+        """Whether the host was found to be without the referrers API, lately."""
+        return self._transport.health.rests((self.endpoint.base, "referrers"))
+
+    def note_lack_of_referrers(self) -> None:
+        self._transport.health.rest((self.endpoint.base, "referrers"), _LACK_REMEMBERED)
 
     async def open(
         self,
