@@ -37,20 +37,12 @@ def mounting(count: int, directory: Path, samples: int) -> Table:
 
     Needs root. Everything is made in a new `directory`.
     """
-    directory.mkdir()
-    layout, packed, target = directory / "image", directory / "index", directory / "mounted"
-    target.mkdir()
-    index = make_index(count)
-    packed.write_bytes(index.packed())
-    digest = trio.run(_write_image, Layout(layout), index)
-    del index
+    target = directory / "mounted"
+    target.mkdir(parents=True)
     rows: list[tuple[Cell, ...]] = []
-    with _silent_registry() as host, running_node(directory / "node") as node:
+    with silent_registry() as host, running_node(directory / "node") as node:
         before = node.memory()
-        # Takes the index in, and tries what the kernel can do: neither comes again.
-        node.mount(f"{PREFIX}{layout}", target, wait_local=False, mode="erofs", index=packed)
-        node.umount(target)
-        reference = f"{host}/bench@{digest}"
+        reference = take_in(node, count, directory / "image", target, host)
         for mode in _MODES:
             for cache, prepare in (("dropped", drop_caches), ("warm", _nothing)):
                 times = []
@@ -70,8 +62,24 @@ def mounting(count: int, directory: Path, samples: int) -> Table:
     )
 
 
+def take_in(node: Node, count: int, directory: Path, target: Path, host: str) -> str:
+    """Have a node know a made-up image of so many files, whose data nobody has.
+
+    Everything is made in a new `directory`; `target` is for mounting, for the moment, by which the
+    node also tries what the kernel can do. Returns the image's reference in a registry at `host`.
+    """
+    directory.mkdir()
+    layout, packed = directory / "layout", directory / "index"
+    index = make_index(count)
+    packed.write_bytes(index.packed())
+    digest = trio.run(_write_image, Layout(layout), index)
+    node.mount(f"{PREFIX}{layout}", target, wait_local=False, mode="erofs", index=packed)
+    node.umount(target)
+    return f"{host}/bench@{digest}"
+
+
 @contextmanager
-def _silent_registry() -> Iterator[str]:
+def silent_registry() -> Iterator[str]:
     """The HOST:PORT of a registry that never answers: what is wanted of it stays on its way."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"127.0.0.1:{listener.getsockname()[1]}"

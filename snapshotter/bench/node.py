@@ -16,6 +16,7 @@ import trio
 
 from snapshotter.bench.errors import BenchError
 from snapshotter.daemon import client, protocol
+from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.places import Places
 
 if TYPE_CHECKING:
@@ -37,11 +38,48 @@ class Memory(NamedTuple):
 
 
 class Node:
-    """Talks to a daemon that runs."""
+    """A daemon that runs, and then another one in its place. Started by `running_node`."""
 
-    def __init__(self, places: Places, pid: int) -> None:
+    def __init__(self, places: Places) -> None:
         self._places = places
-        self._pid = pid
+        self.process = _spawn(places)
+        self._wait_ready()
+
+    def replace(self) -> None:
+        """Have a new daemon take over, as in an upgrade; returns when it has, and the old one ended.
+
+        Raises BenchError.
+        """
+        predecessor, self.process = self.process, _spawn(self._places, "--replace")
+        try:
+            predecessor.wait(_END_SECONDS)
+        finally:
+            predecessor.kill()
+        self._wait_ready()
+
+    def restart(self) -> None:
+        """Kill the daemon (SIGKILL), and start one at once, as a service manager does."""
+        self.process.kill()
+        self.process.wait()
+        self.process = _spawn(self._places)
+        self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        end = time.monotonic() + _READY_SECONDS
+        while self._answering() != self.process.pid:
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise BenchError(
+                    "the daemon does not start", hint=self._places.log.read_text()[-500:]
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _answering(self) -> int:
+        """The process that answers, or 0."""
+        try:
+            status = self._ask(protocol.StatusRequest())
+        except DaemonError:  # the old one, which is just ending
+            return 0
+        return status.pid if isinstance(status, protocol.Status) else 0
 
     def mount(
         self,
@@ -73,13 +111,9 @@ class Node:
 
     def memory(self) -> Memory:
         """What the daemon has in memory now."""
-        status = Path(f"/proc/{self._pid}/status").read_text()
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
         private, mapped, shared = (int(found) * 1024 / 1e6 for found in _RSS.findall(status))
         return Memory(private + mapped + shared, private)
-
-    def answers(self) -> bool:
-        """Whether the daemon is up."""
-        return self._ask(protocol.StatusRequest()) is not None
 
     def _ask(self, request: Request) -> Reply | None:
         return trio.run(partial(client.ask, self._places, request, start=None))
@@ -93,21 +127,21 @@ def running_node(base: Path) -> Iterator[Node]:
     """
     places = Places(base / "root", base / "state")
     places.create()
-    command = [sys.executable, "-m", "snapshotter.cli.main", "daemon"]
-    command += ["--root", str(places.root), "--state", str(places.state)]
-    with places.log.open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+    node = None
     try:
-        node = Node(places, process.pid)
-        end = time.monotonic() + _READY_SECONDS
-        while not node.answers():
-            if process.poll() is not None or time.monotonic() > end:
-                raise BenchError("the daemon does not start", hint=places.log.read_text()[-500:])
-            time.sleep(_POLL_SECONDS)
+        node = Node(places)
         yield node
     finally:
-        process.send_signal(signal.SIGINT)  # which takes everything down
-        try:
-            process.wait(_END_SECONDS)
-        finally:
-            process.kill()
+        if node is not None:
+            node.process.send_signal(signal.SIGINT)  # which takes everything down
+            try:
+                node.process.wait(_END_SECONDS)
+            finally:
+                node.process.kill()
+
+
+def _spawn(places: Places, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "snapshotter.cli.main", "daemon", *options]
+    command += ["--root", str(places.root), "--state", str(places.state)]
+    with places.log.open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)

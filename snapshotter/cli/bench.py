@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from snapshotter.bench import building, corpus, fio, first_read, mounting, opening, reading
+from snapshotter.bench import handover as many_mounts
 from snapshotter.bench.conditions import Conditions
 from snapshotter.bench.errors import BenchError
 from snapshotter.bench.images import FORMS, GZIP, write_image
@@ -120,6 +121,31 @@ def read(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown
         results = reading.compare(image, workspace / "local", samples)
         say("reading an image of which nothing is local")
         results.append(first_read.first_read(image, workspace / "first", samples))
+        show([conditions.table(), *results], as_json, as_markdown)
+
+
+@bench.command()
+@click.option(
+    "--images",
+    type=click.IntRange(min=2),
+    default=20,
+    show_default=True,
+    help="How many images are mounted.",
+)
+@click.option(
+    "--files",
+    type=click.IntRange(min=1),
+    default=500_000,
+    show_default=True,
+    help="How many files they have in all.",
+)
+@_output_options
+def handover(images: int, files: int, samples: int, as_json: bool, as_markdown: bool) -> None:
+    """How long readers wait while the daemon is replaced, or dies; its memory with many images."""
+    with _workspace() as workspace:
+        conditions = Conditions(workspace)
+        say(f"mounting {images} images with {files} files")
+        results = many_mounts.handover(workspace / "handover", images, files, samples)
         show([conditions.table(), *results], as_json, as_markdown)
 
 
