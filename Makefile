@@ -34,6 +34,8 @@ bench: ## measure index, store, file system and layers; prints the tables of doc
 	@.venv/bin/firstbyte bench read --markdown
 	@echo
 	@.venv/bin/firstbyte bench layers --markdown
+	@echo
+	@.venv/bin/firstbyte bench handover --markdown
 
 clean: ## remove everything that the other targets made here
 	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

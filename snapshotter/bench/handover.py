@@ -13,7 +13,6 @@ import signal
 import statistics
 import time
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapshotter.bench import corpus
@@ -25,13 +24,16 @@ from snapshotter.bench.tables import Cell, Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from snapshotter.bench.node import Node
+
+SETTLE = 0.5
+"""Seconds of reading before and after each change."""
 
 _SIZE = 32 << 20  # bytes of the file that is read
 _PAGE = 4096
 _PAUSE = 0.001  # seconds between two reads
-_SETTLE = 1.0  # seconds of reading before and after each change
 _NOTABLE = 0.002  # seconds of a read from which on it is noted
 _SEED = 1
 
@@ -102,11 +104,11 @@ def _measure(
 ) -> tuple[Cell, ...]:
     waits, answers = [], []
     for _ in range(samples):
-        time.sleep(_SETTLE)
+        time.sleep(SETTLE)
         begin = time.monotonic()
         change()
         answers.append(time.monotonic() - begin)
-        time.sleep(_SETTLE)
+        time.sleep(SETTLE)
         waits.append(stalls(begin, time.monotonic()))
     median, longest = 1e3 * statistics.median(waits), 1e3 * max(waits)
     return what, samples, median, longest, 1e3 * statistics.median(answers)
@@ -131,7 +133,9 @@ def _reader(path: Path, content: bytes, notes: Path) -> Iterator[Callable[[float
 
     def longest(begin: float, end: float) -> float:
         if os.waitpid(child, os.WNOHANG)[0]:
-            raise BenchError("a read failed while a daemon followed another", notes.read_text())
+            raise BenchError(
+                "a read failed while a daemon followed another", hint=notes.read_text()[-500:]
+            )
         reads = [tuple(map(float, line.split())) for line in notes.read_text().splitlines()]
         return max(
             (took for began, took in reads if began < end and began + took > begin),

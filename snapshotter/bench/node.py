@@ -46,9 +46,8 @@ class Node:
         self._wait_ready()
 
     def replace(self) -> None:
-        """Have a new daemon take over, as in an upgrade; returns when it has, and the old one ended.
-
-        Raises BenchError.
+        """Have a new daemon take over, as in an upgrade; returns when it has, and the old one has
+        ended. Raises BenchError.
         """
         predecessor, self.process = self.process, _spawn(self._places, "--replace")
         try:

@@ -10,24 +10,28 @@ import logging
 import os
 import socket
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import trio
 
+from index.errors import FirstByteError
+from index.file import FileIndex
 from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.leftovers import detach_dead_mounts
+from snapshotter.daemon.records import Records
 from snapshotter.daemon.server import listen
 from snapshotter.fuse.dying import is_dying, let_go
 from snapshotter.fuse.handshake import RESEND
 from snapshotter.fuse.session import Connection, close_mount, open_mount
 from snapshotter.mounts.table import mount_at
+from snapshotter.store.indexes import IndexStore
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from snapshotter.daemon.descriptors import DescriptorStore
     from snapshotter.daemon.places import Places
-    from snapshotter.daemon.records import Records
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,22 @@ _ANSWER_SECONDS = 1.0  # a mount that nobody keeps refuses at once
 _FUSE = "fuse"
 _CONTAINERD = "containerd"
 _SOCKET_UNIT = "firstbyte.socket"  # systemd names a socket unit's descriptor like the unit
+
+
+def opened_indexes(places: Places) -> list[FileIndex]:
+    """The file indexes of what a daemon shows that still runs, as far as they can be opened.
+
+    Verifying them takes the most of a start with many images. Blocks.
+    """
+    store = IndexStore(places.root, writer=False)
+    opened = []
+    for view in Records(places.records).views:
+        with suppress(OSError, ValueError, FirstByteError):  # it changes meanwhile
+            digest = bytes.fromhex(view.names[0].partition(".")[0])
+            path = store.get(digest)
+            if path is not None:
+                opened.append(FileIndex.open(path))
+    return opened
 
 
 class Inheritance:

@@ -19,7 +19,6 @@ import trio
 from index.errors import FirstByteError, about
 from snapshotter.daemon.completion import Completion
 from snapshotter.daemon.errors import DaemonError, NoIndexError
-from snapshotter.daemon.knowledge import Knowledge
 from snapshotter.daemon.open_image import OpenImage
 from snapshotter.daemon.protocol import Progress
 from snapshotter.daemon.records import ViewRecord
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable
     from pathlib import Path
 
+    from snapshotter.daemon.knowledge import Knowledge
     from snapshotter.daemon.places import Places
     from snapshotter.daemon.records import Records
     from snapshotter.daemon.showing import Mode
@@ -70,6 +70,7 @@ class Images:
         views: Views,
         records: Records,
         store: LayerStore,
+        knowledge: Knowledge,
         scheduler: Scheduler,
         locate: Callable[[bool | None], Locations],
         nursery: trio.Nursery,
@@ -79,7 +80,7 @@ class Images:
     ) -> None:
         """`locate` opens registries, given `plain_http`. Indexes are believed if they come in one
         of the `trusted` ways. `mode` is how images are shown to who does not say; None is the best
-        there is. Background work runs in `nursery`. Raises StoreError.
+        there is. Background work runs in `nursery`.
         """
         self._root = places.root
         self._records = records
@@ -89,7 +90,7 @@ class Images:
         self._nursery = nursery
         self._trusted = trusted
         self._mode = mode
-        self._knowledge = Knowledge(places.root)
+        self._knowledge = knowledge
         self._showing = Showing(places, views, records, write_tree=self._knowledge.tree_of)
         self._completion = Completion(self._knowledge, self._showing)
         self._startups = Startups(places.root, scheduler, nursery, trusted=trusted)
@@ -100,6 +101,7 @@ class Images:
         """What to do when the disk is full and an image is to be opened."""
 
         self._open: dict[tuple[bytes, bool], OpenImage] = {}  # index digest, whether all layers
+        self._restored: list[OpenImage] = []
         self._opening: WeakValueDictionary[object, trio.Lock] = WeakValueDictionary()
 
     @property
@@ -267,12 +269,16 @@ class Images:
 
     async def restore(self) -> None:
         """Open, without any network, what a predecessor had open, in the same slots. Nobody uses it
-        yet; `close_unused` closes what nobody has asked for meanwhile.
+        yet; `close_unused` closes what nobody has asked for meanwhile. `fill_restored` goes on with
+        their downloads.
         """
         for record in self._records.views:
             try:
-                image = await self._reopen(record.image, record.depth, plain_http=record.plain_http)
+                image = await self._reopen(
+                    record.image, record.depth, plain_http=record.plain_http, fill=False
+                )
                 image.users -= 1
+                self._restored.append(image)
             except FirstByteError as error:
                 log.error("an image that was shown is lost: %s", error)
                 await trio.to_thread.run_sync(self._records.close_view, record.names[0])
@@ -280,6 +286,14 @@ class Images:
     async def settle(self) -> None:
         """To be called when the FUSE mount is served, before anything else asks it."""
         await self._showing.settle()
+
+    def fill_restored(self) -> None:
+        """Go on with the background downloads of what was restored: readers come before."""
+        for image in self._restored:
+            self._nursery.start_soon(self._completion.run, image, Spool(self._root))
+            if image.is_whole:
+                self._startups.begin(image, None, None, replay=True)
+        self._restored.clear()
 
     def all(self) -> list[OpenImage]:
         """The images that are open, those of lower layers alone left out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import msgspec
 import trio
@@ -21,7 +22,7 @@ from snapshotter.store.images import ImageRecord, ImageStore
 from snapshotter.store.indexes import IndexStore
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
     from pathlib import Path
 
     from snapshotter.store.layers import LayerStore
@@ -32,10 +33,11 @@ log = logging.getLogger(__name__)
 class Knowledge:
     """Image records and file indexes on disk. What is damaged there counts as not known."""
 
-    def __init__(self, root: Path) -> None:
-        """Raises StoreError."""
+    def __init__(self, root: Path, opened: Iterable[FileIndex] = ()) -> None:
+        """`opened` are indexes of this node that were opened before. Raises StoreError."""
         self._records = ImageStore(root)
         self._indexes = IndexStore(root)
+        self._opened = WeakValueDictionary({index.digest: index for index in opened})
         self.unrecorded: set[bytes] = set()
         """Digests of indexes that were kept, and that no record names yet: an image is being opened
         with them, or could not be."""
@@ -229,9 +231,12 @@ class Knowledge:
         path = self._indexes.get(digest)
         if path is None:
             return None
-        index = FileIndex.open(path)
-        if index.digest != digest:
-            raise IntegrityError(f"{path} holds another index than its name says")
+        index = self._opened.get(digest)
+        if index is None:
+            index = FileIndex.open(path)
+            if index.digest != digest:
+                raise IntegrityError(f"{path} holds another index than its name says")
+            self._opened[digest] = index
         return index
 
 

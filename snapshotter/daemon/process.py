@@ -21,9 +21,10 @@ from snapshotter.daemon import client, notify, protocol
 from snapshotter.daemon.containerd import serve_containerd
 from snapshotter.daemon.descriptors import descriptor_store
 from snapshotter.daemon.errors import DaemonError
-from snapshotter.daemon.handover import Inheritance, let_go_of_dying
+from snapshotter.daemon.handover import Inheritance, let_go_of_dying, opened_indexes
 from snapshotter.daemon.housekeeping import Housekeeping
 from snapshotter.daemon.images import Images
+from snapshotter.daemon.knowledge import Knowledge
 from snapshotter.daemon.places import Places, locked, locked_by
 from snapshotter.daemon.podman_layers import PodmanLayers, is_shown, show_layer_store
 from snapshotter.daemon.records import Records
@@ -90,36 +91,35 @@ async def run(
     places = Places(config.root, config.state)
     places.create()
     _raise_file_limit()
-    with ExitStack() as held:
-        if replace:
-            await client.ask(places, protocol.HandOverRequest(), start=None)
-        kept = descriptor_store(places.state)
-        await _take_lock(places, held, kept)
-        records = Records(places.records)
-        inheritance = await trio.to_thread.run_sync(Inheritance, places, kept, records)
-        connection, resumed = await trio.to_thread.run_sync(inheritance.mount)
-        stop = Stop()
-        stop.leaves = resumed  # if this start fails, somebody else may do better
-        try:
-            store = held.enter_context(LayerStore(places.root, config.store.bounds))
-            async with Transport() as transport, open_nursery() as nursery:
-                nursery.start_soon(_stop_on_signal, stop)
-                nursery.start_soon(keep_flushed, store)
-                await _serve(
-                    _Parts(config, places, records, inheritance, connection, store, transport),
-                    nursery,
-                    stop,
-                    resumed=resumed,
-                    stay=stay,
-                    ready=ready,
+    async with Transport() as transport:  # what takes a while comes before a predecessor leaves
+        opened = await trio.to_thread.run_sync(opened_indexes, places) if replace else []
+        with ExitStack() as held:
+            if replace:
+                await client.ask(places, protocol.HandOverRequest(), start=None)
+            kept = descriptor_store(places.state)
+            await _take_lock(places, held, kept)
+            records = Records(places.records)
+            inheritance = await trio.to_thread.run_sync(Inheritance, places, kept, records)
+            connection, resumed = await trio.to_thread.run_sync(inheritance.mount)
+            stop = Stop()
+            stop.leaves = resumed  # if this start fails, somebody else may do better
+            try:
+                store = held.enter_context(LayerStore(places.root, config.store.bounds))
+                knowledge = Knowledge(places.root, opened)
+                parts = _Parts(
+                    config, places, records, inheritance, connection, store, knowledge, transport
                 )
-                nursery.cancel_scope.cancel()
-        finally:
-            if stop.leaves:
-                session.leave(connection)
-            else:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(inheritance.unmount, connection)
+                async with open_nursery() as nursery:
+                    nursery.start_soon(_stop_on_signal, stop)
+                    nursery.start_soon(keep_flushed, store)
+                    await _serve(parts, nursery, stop, resumed=resumed, stay=stay, ready=ready)
+                    nursery.cancel_scope.cancel()
+            finally:
+                if stop.leaves:
+                    session.leave(connection)
+                else:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(inheritance.unmount, connection)
     log.info("the daemon has ended%s", "; its mounts wait for another" if stop.leaves else "")
 
 
@@ -133,6 +133,7 @@ class _Parts:
     inheritance: Inheritance
     connection: Connection
     store: LayerStore
+    knowledge: Knowledge
     transport: Transport
 
 
@@ -159,6 +160,7 @@ async def _serve(
             views,
             parts.records,
             parts.store,
+            parts.knowledge,
             scheduler,
             locations,
             nursery,
@@ -176,6 +178,7 @@ async def _serve(
         if not resumed:
             await trio.to_thread.run_sync(parts.records.serve, parts.connection.init)
         await images.settle()
+        images.fill_restored()
         service = Service(
             places, images, parts.records, nursery, housekeeping, stop=stop, stay=stay
         )

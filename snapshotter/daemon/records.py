@@ -117,6 +117,8 @@ class Records:
         """
         with self._lock:
             new = [entry for entry in view.names if entry not in self._file.slots]
+            if not new and self._file.views.get(name) == view:  # restored; readers may be waiting
+                return {entry: self._file.slots[entry] for entry in view.names}
             first = self._file.next_slot
             if first + len(new) > MAX_SLOT + 1:
                 raise DaemonError(f"{MAX_SLOT} images were mounted", hint="restart the daemon")

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from snapshotter.bench import building, first_read, mounting, opening, reading, workloads
+from snapshotter.bench import (
+    building,
+    first_read,
+    handover,
+    mounting,
+    opening,
+    reading,
+    workloads,
+)
 from snapshotter.bench.errors import BenchError
 from tests.bench.conftest import SMALL_FILES
 
@@ -116,6 +124,22 @@ def test_mounting_is_measured_without_any_data(directory: Path) -> None:
         (mode, cache) for mode in ("fuse", "erofs") for cache in ("dropped", "warm")
     }
     assert min(numbers(table)) > 0
+
+
+@pytest.mark.root
+def test_a_reader_waits_while_one_daemon_follows_another(directory: Path) -> None:
+    waits, memory = handover.handover(directory / "handover", 2, 100, 1)
+    assert len(waits.rows) == 2
+    assert min(numbers(waits)) > 0
+    for median, longest, answers in zip(
+        *(column(waits, name) for name in waits.columns[2:]), strict=True
+    ):
+        assert median == longest < answers + handover.SETTLE * 1e3
+    assert len(memory.rows) == 3
+    for resident, private in zip(
+        *(column(memory, name) for name in memory.columns[1:]), strict=True
+    ):
+        assert 0 < private < resident
 
 
 @pytest.mark.root
