@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from index import format as fbx
 from index.erofs.reader import Image
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 KNOWN_CODECS = frozenset(int(codec) for codec in Codec)
 
 
+class FileState(NamedTuple):
+    """What of a file changes when it is replaced, or written to through its file system."""
+
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
 class FileIndex:
     """A file index in its expanded form.
 
@@ -28,19 +38,24 @@ class FileIndex:
     There is nothing to close: the mapping goes with the last view of it (tables, the tree).
     """
 
-    def __init__(self, file: bytes | mmap.mmap) -> None:
+    def __init__(
+        self, file: bytes | mmap.mmap, state: FileState | None = None, *, checked: bool = False
+    ) -> None:
         """Raise FormatError, IntegrityError or UnsupportedError unless all of it is as it was
-        made: by the checksums of who took it in, else (but for the windows) by its digests.
+        made: by the checksums of who took it in, else (but for the windows) by its digests. What
+        was `checked` before is not looked through again.
 
         A wrong window only ever yields chunks that fail their own digests.
         """
         if sys.byteorder != "little":
             raise UnsupportedError("file indexes are read in place, on little-endian machines only")
+        self.state = state
+        """The file as it was when it was opened; None if there is none."""
         self._file = file
         self._view = memoryview(file)
         self._sections = fbx.read(self._view)
         self.digest = fbx.index_digest(self._sections)
-        intact = fbx.intact(self._view, self._sections)
+        intact = checked or fbx.intact(self._view, self._sections)
         for section, stored in self._sections.items():
             if section is Section.WINDOWS:
                 continue
@@ -55,22 +70,37 @@ class FileIndex:
         self._window_frames: list[memoryview] | None = None
 
     @classmethod
-    def open(cls, path: Path) -> FileIndex:
+    def open(cls, path: Path, checked: FileState | None = None) -> FileIndex:
         """Map an expanded index that this node has taken in before (`load`) or built.
 
-        Its digest is the caller's to compare with the one it expects.
+        Its digest is the caller's to compare with the one it expects. `checked` is the `state` of
+        the same file when it was opened before: if nothing has written to it since, its checksums
+        are not computed again (of an image of 1 000 000 files: 14 ms, and 146 MB to be read).
         """
         with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            state = FileState(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
             try:
                 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
             except ValueError as error:  # an empty file cannot be mapped
                 raise FormatError(f"{path} is empty") from error
-        return cls(mapped)
+        index = cls(mapped, state, checked=state == checked)
+        index.trim()
+        return index
 
     @classmethod
     def load(cls, data: bytes | memoryview) -> FileIndex:
         """Take in an index of either form, verifying all of it, the windows too."""
         return cls(fbx.write_expanded(fbx.expand(fbx.read(data))))
+
+    def trim(self) -> None:
+        """Give the memory back that reading a mapped index has taken, until it is read again.
+
+        What was mapped to be verified counts as this process's memory, all of it, although nearly
+        nothing of it is ever read.
+        """
+        if isinstance(self._file, mmap.mmap):
+            self._file.madvise(mmap.MADV_DONTNEED)
 
     @property
     def expanded(self) -> memoryview:

@@ -58,6 +58,9 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+_TRIM_SECONDS = 30.0
+"""What is read again meanwhile is in the page cache, 64 KiB a fault; a guess."""
+
 _LOWER = ".lower"  # ends the names of views that show only the lower layers of an image
 
 
@@ -295,6 +298,13 @@ class Images:
                 self._startups.begin(image, None, None, replay=True)
         self._restored.clear()
 
+    async def keep_small(self) -> None:
+        """Give back, from time to time, the memory that reading file indexes has taken."""
+        while True:
+            await trio.sleep(_TRIM_SECONDS)
+            for image in self._open.values():
+                image.found.index.trim()
+
     def all(self) -> list[OpenImage]:
         """The images that are open, those of lower layers alone left out."""
         return [image for image in self._open.values() if image.is_whole]
@@ -374,6 +384,7 @@ class Images:
             await self._showing.remove(image.shown)
             for layer in image.layers:
                 layer.close()
+            image.found.index.trim()  # the mapping itself stays until the garbage collector comes
             for digest in image.manifests:
                 self._knowledge.touch(digest)
             log.info("closed %s", image.view.reference)

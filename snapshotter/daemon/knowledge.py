@@ -38,6 +38,8 @@ class Knowledge:
         self._records = ImageStore(root)
         self._indexes = IndexStore(root)
         self._opened = WeakValueDictionary({index.digest: index for index in opened})
+        # The files of indexes, as they were when this process checked them.
+        self._checked = {digest: index.state for digest, index in self._opened.items()}
         self.unrecorded: set[bytes] = set()
         """Digests of indexes that were kept, and that no record names yet: an image is being opened
         with them, or could not be."""
@@ -233,10 +235,11 @@ class Knowledge:
             return None
         index = self._opened.get(digest)
         if index is None:
-            index = FileIndex.open(path)
+            index = FileIndex.open(path, self._checked.get(digest))
             if index.digest != digest:
                 raise IntegrityError(f"{path} holds another index than its name says")
             self._opened[digest] = index
+            self._checked[digest] = index.state
         return index
 
 

@@ -179,6 +179,7 @@ async def _serve(
             await trio.to_thread.run_sync(parts.records.serve, parts.connection.init)
         await images.settle()
         images.fill_restored()
+        nursery.start_soon(images.keep_small)
         service = Service(
             places, images, parts.records, nursery, housekeeping, stop=stop, stay=stay
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -58,9 +57,10 @@ class _File(msgspec.Struct):
 
 
 class Records:
-    """The record file of one daemon. Every change is on disk when the method returns.
+    """The record file of one daemon. Every change is in it when the method returns, however the
+    process ends then. It need not outlive the machine, after which nothing is mounted.
 
-    Thread-safe. Methods write a small file and wait for the disk; call them from worker threads.
+    Thread-safe. Methods write a small file; call them from worker threads.
     """
 
     def __init__(self, path: Path) -> None:
@@ -153,6 +153,4 @@ class Records:
         temporary = self._path.with_suffix(".new")
         with temporary.open("wb") as file:
             file.write(msgspec.json.encode(self._file))
-            file.flush()
-            os.fsync(file.fileno())
         temporary.replace(self._path)
