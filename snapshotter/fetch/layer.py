@@ -30,6 +30,9 @@ ATTEMPTS = 3
 reader is told: the disk is broken then."""
 
 
+_Part = tuple[int, int, int]  # a chunk's number, and which of its bytes: from, to
+
+
 class LazyLayer:
     """One layer of a mounted image. For the trio thread.
 
@@ -68,21 +71,14 @@ class LazyLayer:
             return None
         if (first, last) != self._latest:
             self._note(first, last)
-        if first == last:
-            data = self.stored.peek(first)
+        parts: list[bytes | memoryview] = []
+        for chunk, start, end in _cut(raw_offset, length):
+            data = self.stored.peek(chunk, start, end)
             if data is None:
                 return None
-            self._stats.hits += 1
-            start = raw_offset - first * CHUNK_SIZE
-            return memoryview(data)[start : start + length]
-        parts: dict[int, bytes | memoryview] = {}
-        for chunk in range(first, last + 1):
-            data = self.stored.peek(chunk)
-            if data is None:
-                return None
-            parts[chunk] = data
+            parts.append(data)
         self._stats.hits += 1
-        return _assemble(parts, raw_offset, length)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def note(self, raw_offset: int, length: int) -> None:
         """These bytes are read for another image that has the layer, or for this one: nobody can
@@ -101,36 +97,33 @@ class LazyLayer:
             return ready
         if self._closed:
             raise FetchError(f"{self.table} was unmounted")
-        first, last = self._chunks(raw_offset, length)
         began = trio.current_time()
         self.stored.retain()
         try:
-            return _assemble(await self._collect(first, last), raw_offset, length)
+            parts = await self._collect(_cut(raw_offset, length))
         finally:
             self.stored.close()
             self._stats.stalls.add(trio.current_time() - began)
             if self.origin.trace is not None:
                 self.origin.trace.stalled(self.origin.number, raw_offset, length, began)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _collect(self, first: int, last: int) -> dict[int, bytes | memoryview]:
+    async def _collect(self, wanted: list[_Part]) -> list[bytes | memoryview]:
+        """The parts of chunks that are wanted, in their order."""
         stored = self.stored
-        parts: dict[int, bytes | memoryview] = {}
+        found: dict[int, bytes | memoryview] = {}
         for _ in range(ATTEMPTS):
-            absent = []
-            for chunk in range(first, last + 1):
-                if chunk not in parts:
-                    data = stored.peek(chunk)
-                    if data is None and stored.has(chunk):
-                        data = await trio.to_thread.run_sync(stored.read, chunk)
-                    if data is None:
-                        absent.append(chunk)
-                    else:
-                        parts[chunk] = data
-            if not absent:
-                return parts
-            parts.update(await self._scheduler.read(self.origin, absent))
-            if len(parts) == last - first + 1:
-                return parts
+            here = [part for part in wanted if part[0] not in found and stored.has(part[0])]
+            if here:  # in one thread, because a hop costs as much as reading 256 KiB
+                found.update(await trio.to_thread.run_sync(_read_all, stored, here))
+            absent = [part for part in wanted if part[0] not in found]
+            if absent:
+                fetched = await self._scheduler.read(self.origin, [chunk for chunk, _, _ in absent])
+                for chunk, start, end in absent:
+                    if chunk in fetched:
+                        found[chunk] = memoryview(fetched[chunk])[start:end]
+            if len(found) == len(wanted):
+                return [found[chunk] for chunk, _, _ in wanted]
         raise FetchError(
             f"{self.table} cannot be read: chunks are damaged as soon as they are stored",
             hint=f"check the disk under {stored.raw_path}",
@@ -161,17 +154,20 @@ class LazyLayer:
             self.stored.close()
 
 
-def _assemble(
-    parts: dict[int, bytes | memoryview], raw_offset: int, length: int
-) -> bytes | memoryview:
-    """The wanted bytes out of the consecutive chunks that hold them."""
-    first = min(parts)
-    start = raw_offset - first * CHUNK_SIZE
-    if len(parts) == 1:
-        return memoryview(parts[first])[start : start + length]
-    last = max(parts)
-    end = raw_offset + length - last * CHUNK_SIZE
-    pieces = [memoryview(parts[chunk]) for chunk in range(first, last + 1)]
-    pieces[0] = pieces[0][start:]
-    pieces[-1] = pieces[-1][:end]
-    return b"".join(pieces)
+def _cut(raw_offset: int, length: int) -> list[_Part]:
+    """The parts of consecutive chunks that make up a range of raw space."""
+    end = raw_offset + length
+    return [
+        (
+            chunk,
+            max(raw_offset - chunk * CHUNK_SIZE, 0),
+            min(end - chunk * CHUNK_SIZE, CHUNK_SIZE),
+        )
+        for chunk in range(raw_offset // CHUNK_SIZE, (end - 1) // CHUNK_SIZE + 1)
+    ]
+
+
+def _read_all(stored: StoredLayer, parts: list[_Part]) -> dict[int, bytes | memoryview]:
+    """What the store has of parts of chunks, by chunk. Waits for the disk."""
+    read = ((chunk, stored.read(chunk, start, end)) for chunk, start, end in parts)
+    return {chunk: data for chunk, data in read if data is not None}

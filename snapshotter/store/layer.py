@@ -38,6 +38,8 @@ from snapshotter.store.errors import StoreError, StoreFullError, store_error
 from snapshotter.store.holes import allocated, punch_hole, runs
 from snapshotter.store.leases import sole_access
 from snapshotter.store.presence import PresenceFile
+from snapshotter.store.sums import BLOCK_SIZE as SUMMED_SIZE
+from snapshotter.store.sums import BlockSums
 
 if TYPE_CHECKING:
     import hashlib
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from snapshotter.store.space import Space
 
 log = logging.getLogger(__name__)
+
+Bytes = bytes | memoryview
 
 COMPLAINT_INTERVAL = 60.0
 """Seconds between two log lines about a disk that refuses chunks: a guess at what an
@@ -95,6 +99,7 @@ class StoredLayer:
         self._present = self._presence.present()
         self._present_count = self._present.count(1)
         self._used = array("I", bytes(4 * len(self._present)))
+        self._sums = BlockSums(len(self._present))
 
         self.start_chunks: set[int] = set()
         """Chunks that starts need: the last to be evicted."""
@@ -133,48 +138,72 @@ class StoredLayer:
 
     # --- reading ---
 
-    def peek(self, chunk: int) -> bytes | memoryview | None:
-        """The chunk if that needs no wait for a disk: just verified, or in the page cache."""
+    def peek(self, chunk: int, start: int = 0, end: int = CHUNK_SIZE) -> Bytes | None:
+        """Bytes `start` … `end` of a chunk if that needs no wait for a disk, else None."""
         self._used[chunk] = self.space.now
-        data = self._cache.get(self.key, chunk)
-        if data is not None or not self._present[chunk]:
-            return data
-        buffer = bytearray(self.table.chunk_length(chunk))
-        try:
-            length = os.preadv(self._raw, [buffer], chunk * CHUNK_SIZE, os.RWF_NOWAIT)
-        except OSError:  # not in memory, or a file system that cannot tell: `read` does it
-            return None
-        return self._verified(chunk, buffer) if length == len(buffer) else None
+        return self._read(chunk, start, end, os.RWF_NOWAIT)
 
-    def read(self, chunk: int) -> bytes | memoryview | None:
-        """The chunk, verified whenever it comes from the disk, or None if it is not present.
+    def read(self, chunk: int, start: int = 0, end: int = CHUNK_SIZE) -> Bytes | None:
+        """Bytes `start` … `end` of a chunk, or None if it is not present.
 
-        A chunk that turns out to be damaged or unreadable is dropped and not present any more.
+        What comes from the disk is verified: the first time in this process all of the chunk, by
+        its digest, and then the blocks that are asked for (`sums`). A chunk that turns out to be
+        damaged or unreadable is dropped and not present any more.
         """
-        data = self._cache.get(self.key, chunk)
-        return self.check(chunk) if data is None else data
+        return self._read(chunk, start, end, 0)
 
     def check(self, chunk: int) -> memoryview | None:
-        """`read`, from the disk in any case."""
-        if not self._present[chunk]:
-            return None
-        buffer = bytearray(self.table.chunk_length(chunk))
-        try:
-            length = os.preadv(self._raw, [buffer], chunk * CHUNK_SIZE)
-        except OSError as error:
-            self.drop(chunk, f"cannot be read: {error.strerror}")
-            return None
-        return self._verified(chunk, buffer[:length])
+        """All of a chunk from the disk, verified by its digest, or None."""
+        return self._read_all(chunk, 0)
 
-    def _verified(self, chunk: int, buffer: bytearray) -> memoryview | None:
+    def _read(self, chunk: int, start: int, end: int, flags: int) -> Bytes | None:
+        data: Bytes | None = self._cache.get(self.key, chunk)
+        if data is None and self._sums.knows(chunk):
+            return self._read_blocks(chunk, start, end, flags)
+        if data is None:
+            data = self._read_all(chunk, flags)
+        return None if data is None else memoryview(data)[start:end]
+
+    def _read_blocks(self, chunk: int, start: int, end: int, flags: int) -> Bytes | None:
+        end = min(end, self.table.chunk_length(chunk))
+        first = start - start % SUMMED_SIZE
+        last = min(end + -end % SUMMED_SIZE, self.table.chunk_length(chunk))
+        buffer = self._from_disk(chunk, first, last, flags)
+        if buffer is None:
+            return None
+        if not self._sums.intact(chunk, first, buffer):
+            self.drop(chunk, "is damaged")
+            return None
+        return memoryview(buffer)[start - first : end - first]
+
+    def _read_all(self, chunk: int, flags: int) -> memoryview | None:
+        buffer = self._from_disk(chunk, 0, self.table.chunk_length(chunk), flags)
+        if buffer is None:
+            return None
         try:
             self.table.verify(chunk, buffer)
         except IntegrityError:
             self.drop(chunk, "is damaged")
             return None
-        data = memoryview(buffer).toreadonly()
-        self._cache.put(self.key, chunk, data)
-        return data
+        self._sums.note(chunk, buffer)
+        return memoryview(buffer).toreadonly()
+
+    def _from_disk(self, chunk: int, start: int, end: int, flags: int) -> bytearray | None:
+        """Part of a chunk, unverified; None if it is not present, or cannot be read (so)."""
+        if not self._present[chunk]:
+            return None
+        buffer = bytearray(end - start)
+        try:
+            length = os.preadv(self._raw, [buffer], chunk * CHUNK_SIZE + start, flags)
+        except OSError as error:
+            if not flags:  # else it is not in memory, or the file system cannot tell
+                self.drop(chunk, f"cannot be read: {error.strerror}")
+            return None
+        if length < len(buffer):
+            if not flags:
+                self.drop(chunk, "is cut short")
+            return None
+        return buffer
 
     def drop(self, chunk: int, why: str) -> None:
         """Stop believing a chunk on disk; logged. It will be fetched again."""
@@ -217,6 +246,7 @@ class StoredLayer:
         if the disk does not take them: they are verified then, but not present.
         """
         self.table.verify(chunk, data)
+        self._sums.note(chunk, data)
         if remember:
             self._cache.put(self.key, chunk, data)
         try:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from index.errors import IntegrityError
 from index.tables import CHUNK_SIZE, Codec
@@ -383,3 +385,72 @@ def test_a_killed_writer_loses_at_most_what_it_had_not_flushed(tmp_path: Path) -
             assert [stored.read(chunk) for chunk in here] == [layer.chunk(n) for n in here]
             least = len(here)
             stored.close()
+
+
+# --- parts of chunks ---
+
+
+@pytest.fixture(params=["noted when written", "noted when read", "never noted"])
+def noted(store: LayerStore, request: pytest.FixtureRequest) -> Iterator[LayerStore]:
+    """A store with all chunks of LAYER on disk, in this process's mind or not."""
+    stored = store.open(LAYER.table)
+    for chunk in range(CHUNKS):
+        stored.write(chunk, LAYER.chunk(chunk), remember=False)
+    if request.param == "noted when written":
+        yield store
+        return
+    with reopened(store) as again:
+        if request.param == "noted when read":
+            stored = again.open(LAYER.table)
+            assert all(stored.read(chunk) for chunk in range(CHUNKS))
+            stored.close()
+        yield again
+
+
+@given(chunk=st.integers(0, CHUNKS - 1), ends=st.tuples(*[st.integers(0, CHUNK_SIZE)] * 2))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_part_of_a_chunk_can_be_read(
+    noted: LayerStore, chunk: int, ends: tuple[int, int]
+) -> None:
+    stored = noted.open(LAYER.table)
+    start, end = sorted(ends)
+    expected = LAYER.chunk(chunk)[start:end]
+    if start < len(LAYER.chunk(chunk)):
+        assert stored.read(chunk, start, end) == expected
+        assert stored.peek(chunk, start, end) in (None, expected)
+    stored.close()
+
+
+@pytest.mark.parametrize("access", ["read", "peek"])
+def test_a_damaged_part_of_a_chunk_never_comes_out(
+    noted: LayerStore, caplog: pytest.LogCaptureFixture, access: str
+) -> None:
+    stored = noted.open(LAYER.table)
+    with stored.raw_path.open("r+b") as file:
+        file.seek(3 * CHUNK_SIZE + 50_000)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+    assert getattr(stored, access)(3, 49_999, 50_002) is None
+    assert not stored.has(3)
+    assert "chunk 3" in caplog.text
+    stored.write(3, LAYER.chunk(3), remember=False)
+    assert getattr(stored, access)(3, 49_999, 50_002) == LAYER.chunk(3)[49_999:50_002]
+
+
+def test_a_small_read_of_a_noted_chunk_reads_little(
+    store: LayerStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = store.open(LAYER.table)
+    stored.write(1, LAYER.chunk(1), remember=False)
+    read = []
+    preadv = os.preadv
+
+    def note(file: int, buffers: list[bytearray], offset: int, flags: int = 0) -> int:
+        read.append((offset, len(buffers[0])))
+        return preadv(file, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", note)
+    assert stored.read(1, 5000, 5010) == LAYER.chunk(1)[5000:5010]
+    assert stored.read(1, 4000, 5000) == LAYER.chunk(1)[4000:5000]
+    assert read == [(CHUNK_SIZE + 4096, 4096), (CHUNK_SIZE, 8192)]
