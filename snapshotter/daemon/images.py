@@ -293,7 +293,9 @@ class Images:
     def fill_restored(self) -> None:
         """Go on with the background downloads of what was restored: readers come before."""
         for image in self._restored:
-            self._nursery.start_soon(self._completion.run, image, Spool(self._root))
+            self._nursery.start_soon(
+                self._completion.run, image, Spool(self._root, self._store.space)
+            )
             if image.is_whole:
                 self._startups.begin(image, None, None, replay=True)
         self._restored.clear()
