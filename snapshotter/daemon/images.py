@@ -112,6 +112,11 @@ class Images:
         """What fetching has cost since the daemon's start."""
         return self._scheduler.stats
 
+    @property
+    def fuse_requests(self) -> int:
+        """What the kernel has asked of this process."""
+        return self._showing.fuse_requests
+
     def hold_fill(self) -> None:
         """A pull goes on: background downloads wait for its next step, which is near."""
         self._scheduler.hold_fill()

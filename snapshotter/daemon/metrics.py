@@ -108,6 +108,9 @@ class _Figures:
         for (mode, state), count in shown.items():
             mounts.add_metric([mode, state], count)
         yield mounts
+        yield _counter(
+            "fuse_requests", "What the kernel has asked.", value=self._status.fuse_requests
+        )
         containerd = self._status.containerd
         shown_images: list[MountStatus | ImageStatus | PodmanImage] = [
             *self._status.mounts,

@@ -243,7 +243,8 @@ class StoreStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Status(msgspec.Struct, frozen=True, tag="status"):
     """The reply to StatusRequest. `fetched` goes by class: blocked, readahead, startup, fill.
 
-    `retries` counts requests that were made again, `damaged` what came damaged from a registry.
+    `retries` counts requests that were made again, `damaged` what came damaged from a registry,
+    `fuse_requests` what the kernel has asked of this process.
     `containerd` is None if this daemon does not serve it, `store` if no daemon runs. `podman` lists
     what is in its image store.
     """
@@ -255,6 +256,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     fetched: dict[str, Fetched] = {}
     retries: int = 0
     damaged: int = 0
+    fuse_requests: int = 0
     containerd: ContainerdStatus | None = None
     podman: list[PodmanImage] = []
     store: StoreStatus | None = None

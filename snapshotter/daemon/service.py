@@ -359,6 +359,7 @@ class Service:
             fetched=_fetched(self._images.stats),
             retries=self._images.stats.retries,
             damaged=self._images.stats.damaged,
+            fuse_requests=self._images.fuse_requests,
             containerd=await self.containerd.status() if self.containerd else None,
             podman=self._podman.status(),
             store=self._housekeeping.status(),

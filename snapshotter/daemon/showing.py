@@ -132,6 +132,11 @@ class Showing:
         self._changing = trio.Lock()  # images share flat files, and come and go meanwhile
         self._spaces: dict[str, tuple[View, SharedSpace]] = {}  # by the flat file's name
 
+    @property
+    def fuse_requests(self) -> int:
+        """What the kernel has asked of this process."""
+        return self._views.requests
+
     async def add(
         self,
         name: str,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from snapshotter.fuse.answers import Answers
     from snapshotter.fuse.failures import FailureLog
+    from snapshotter.fuse.view import Views
 
 # The kernel wants room for the largest write, although there are none; pages that are not used
 # take no memory.
@@ -46,13 +47,19 @@ class Relay:
     """Between the kernel at `fuse` and pyfuse3 at the other end of `library`; see above."""
 
     def __init__(
-        self, fuse: int, library: socket.socket, answers: Answers, failures: FailureLog
+        self,
+        fuse: int,
+        library: socket.socket,
+        answers: Answers,
+        views: Views,
+        failures: FailureLog,
     ) -> None:
         """`fuse` is an open device, `library` a socket that keeps messages apart. Neither blocks,
-        and neither is closed here."""
+        and neither is closed here. Requests are counted in `views`."""
         self._fuse = fuse
         self._library = library
         self._answers = answers
+        self._views = views
         self._failures = failures
 
     async def run(self) -> None:
@@ -70,7 +77,7 @@ class Relay:
         buffer = bytearray(_BUFFER)
         request = memoryview(buffer)
         buffers = (buffer,)
-        fuse, answers = self._fuse, self._answers
+        fuse, answers, views = self._fuse, self._answers, self._views
         left = _BURST
         while True:
             try:
@@ -81,6 +88,7 @@ class Relay:
                 continue
             left -= 1
             if length:
+                views.requests += 1
                 opcode, unique, nodeid = wire.REQUEST.unpack_from(buffer)
                 body = request[IN_HEADER.size : length]
                 if opcode == Opcode.READ and (view := answers.view(nodeid)) is not None:

@@ -139,7 +139,7 @@ async def serve(
             reply = handshake.refuse_async_direct(handshake.allow_idmap(reply, request))
             _accept(connection.device, handshake.cache_symlinks(reply, request))
         answers = Answers(operations.views, operations.failures, request)
-        relay = Relay(connection.device, library, answers, operations.failures)
+        relay = Relay(connection.device, library, answers, operations.views, operations.failures)
         await _answer(relay, mountpoint, task_status)
 
 

@@ -151,6 +151,8 @@ class Views:
         self._by_slot: dict[int, View] = {}
         self.changed_ns = time.time_ns()
         """When the set last changed, since the epoch; another number after each change."""
+        self.requests = 0
+        """Requests of the kernel so far, whatever they were about."""
 
     def add(self, view: View) -> None:
         """Show a view from now on.

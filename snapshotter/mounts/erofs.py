@@ -11,7 +11,7 @@ Measured on Linux 6.18, ext4, page cache dropped, as ratios to overlayfs on ext4
 |---|---|---|---|---|---|---|
 | through the files' page cache | 3.0 | 0.86 | 0.82 | 0.67 | 0.77 | 0.70 |
 | `direct`, 128 KiB read ahead | 1.2 | 0.79 | 0.87 | 0.86 | 1.02 | 0.92 |
-| `direct`, 1 MiB read ahead | 1.25 | 1.12 | 1.10 | 1.14 | 1.01 | 0.96 |
+| `direct`, 1 MiB read ahead | 1.25 | 1.12 | 0.83, 1.10 | 1.14 | 1.01 | 0.96 |
 | loop devices | 0.7 | 0.77 | 0.44 | 0.59 | 0.79 | 0.79 |
 
 Without `direct` all that is read is in memory twice, and the kernel takes random reads of one file

@@ -72,6 +72,7 @@ def test_the_figures_are_those_of_the_daemon(node: Instance, tmp_path: Path) -> 
     assert status == 200
     found = figures(body)
     assert found["firstbyte_mounts", "fuse,local"] == 1
+    assert found["firstbyte_fuse_requests_total", ""] > 0
     assert found["firstbyte_images", "local"] == 1
     assert found["firstbyte_images_local_bytes", ""] == len(layer)
     assert found["firstbyte_images_size_bytes", ""] == len(layer)

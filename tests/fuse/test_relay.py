@@ -96,7 +96,7 @@ async def relaying(*views: View, offered: InitFlag = OFFERED) -> AsyncIterator[P
     ours, library = socket.socketpair(socket.AF_UNIX, kind)
     request = InitRequest(unique=1, minor=45, max_readahead=0, flags=offered, later=b"")
     failures = FailureLog(registry)
-    relay = Relay(fuse.fileno(), ours, Answers(registry, failures, request), failures)
+    relay = Relay(fuse.fileno(), ours, Answers(registry, failures, request), registry, failures)
     with kernel, fuse, ours, library, trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
             played = Played(kernel, library, registry)

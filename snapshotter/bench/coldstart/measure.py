@@ -78,6 +78,7 @@ def measure(place: Place, node: Node, start: Start) -> tuple[Sample, Task]:
         carried = link.carried().since(before)
         lazy = not start.pulled and node.local() is not None
         needed = node.needed_bytes() if lazy else None
+        asked = node.fuse_requests()
         work = _work(place, task, image)
         local: float | None = None
         if lazy and start.wait_local:
@@ -105,6 +106,7 @@ def measure(place: Place, node: Node, start: Start) -> tuple[Sample, Task]:
         work=work,
         local=local,
         needed_bytes=needed,
+        fuse_requests=asked,
         daemon_cpu_seconds=usage.cpu_seconds,
         daemon_peak_bytes=usage.peak_bytes,
         disk_bytes=usage.disk_bytes,

@@ -72,6 +72,9 @@ class Node(Protocol):
     def needed_bytes(self) -> int | None:
         """What was fetched because somebody waited for it, or was about to, if that is known."""
 
+    def fuse_requests(self) -> int | None:
+        """What the kernel has asked of FirstByte so far, if there is one."""
+
     def usage(self) -> Usage:
         """What it has cost."""
 
@@ -103,6 +106,9 @@ class Unpacking:
         return None
 
     def needed_bytes(self) -> int | None:
+        return None
+
+    def fuse_requests(self) -> int | None:
         return None
 
     def usage(self) -> Usage:
@@ -153,6 +159,9 @@ class Lazy:
     def needed_bytes(self) -> int | None:
         fetched = self._status().fetched
         return sum(cost.bytes for cause, cost in fetched.items() if cause != "fill")
+
+    def fuse_requests(self) -> int | None:
+        return self._status().fuse_requests
 
     def export_profile(self, reference: str, target: Path) -> None:
         """Write what a start of an image has touched, once it has settled; takes about as long as
@@ -225,6 +234,9 @@ class _Foreign:
         return None
 
     def needed_bytes(self) -> int | None:
+        return None
+
+    def fuse_requests(self) -> int | None:
         return None
 
     def usage(self) -> Usage:
