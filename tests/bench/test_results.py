@@ -86,7 +86,9 @@ def test_opening_is_measured_for_each_number_of_files(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_all_modes_do_the_same_work(image: StoredImage, directory: Path) -> None:
-    results = reading.compare(image, directory / "local", SAMPLES)
+    *results, by_fio = reading.compare(image, directory / "local", SAMPLES)
+    assert by_fio.title.startswith("fio ")
+    assert {row[2] for row in by_fio.rows} == {"overlayfs", "fuse", "erofs", "native"}
     assert [table.title.rpartition(" ")[2] for table in results] == ["fuse", "erofs", "native"]
     first, *_ = results
     for table in results:

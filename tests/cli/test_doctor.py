@@ -120,6 +120,7 @@ def test_a_containerd_that_runs(node: Node) -> None:
 @pytest.mark.root
 def test_a_containerd_and_a_daemon_that_run(node: Node) -> None:
     here = Instance(node.base)
+    here.config = node.base / "firstbyte.toml"  # config.toml is containerd's
     try:
         here.start()
         wait_until((here.state / "firstbyte.sock").exists)

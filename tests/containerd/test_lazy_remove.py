@@ -20,6 +20,7 @@ from tests.support.lazy_workloads import (
     wait_local,
     workload_node,
 )
+from tests.support.leaks import shown_in
 from tests.support.shop import Shop, shop, workshop
 from tests.support.tars import directory, file, tar, whiteout
 
@@ -83,7 +84,7 @@ def nothing_left(node: LazyNode) -> Iterator[None]:
     status = containerd_status(node)
     assert (status.lazy_layers, status.ordinary_layers, status.containers, status.views) == (0,) * 4
     assert status.images == []
-    assert list((node.here.state / "fs").iterdir()) == []
+    assert shown_in(node.here) == []
 
 
 def _left(node: LazyNode) -> set[Path]:

@@ -59,7 +59,12 @@ def left_in(here: Instance) -> list[str]:
     on_disk = {f"{name}/{entry}" for name in folders for entry in os.listdir(here.root / name)}
     # An index's tree in a file of its own comes when somebody wants the image in native mode.
     on_disk -= {entry.replace(".index", ".erofs") for entry in on_disk if ".index" in entry}
-    return sorted([*on_disk, *(f"fs/{entry}" for entry in os.listdir(here.state / "fs"))])
+    return sorted([*on_disk, *(f"fs/{name}" for name in shown_in(here))])
+
+
+def shown_in(here: Instance) -> list[str]:
+    """What of images is in the FUSE mount. podman's layer store is always there."""
+    return sorted(set(os.listdir(here.state / "fs")) - {"podman-layers"})
 
 
 def becomes(probe: Callable[[], T], expected: T) -> None:

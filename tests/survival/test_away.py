@@ -16,7 +16,7 @@ from snapshotter.demo.workspace import Workspace
 from snapshotter.registry.manifest import RunConfig
 from tests.support.instance import wait_until
 from tests.support.layouts import write_layout
-from tests.support.leaks import becomes
+from tests.support.leaks import becomes, shown_in
 from tests.support.rootfs import as_layer, make_rootfs
 from tests.support.tars import file, tar
 from tests.support.workload import wait_ended
@@ -87,7 +87,7 @@ def test_containers_while_no_daemon_runs(
     for container in (killed, patient):
         container.stop()
     here.succeed("umount", target)
-    becomes(lambda: os.listdir(here.state / "fs"), [])
+    becomes(lambda: shown_in(here), [])
 
 
 def _go(workspace: Workspace, name: str) -> None:

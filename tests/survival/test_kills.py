@@ -18,7 +18,7 @@ from snapshotter.daemon import client, protocol
 from snapshotter.daemon.places import Places
 from snapshotter.mounts.table import mount_at
 from tests.support.gateway import Gateway, gateway
-from tests.support.leaks import becomes, footprint
+from tests.support.leaks import becomes, footprint, shown_in
 from tests.support.workload import Load, push_workload, running_load
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _kill(here: Instance, daemon: subprocess.Popen[bytes]) -> subprocess.Popen[b
 def _must_hold_nothing(here: Instance, daemon: subprocess.Popen[bytes]) -> None:
     """Of any image: neither views nor data; and no connections without end."""
     layers = f"{here.root}/layers/"
-    becomes(lambda: os.listdir(here.state / "fs"), [])
+    becomes(lambda: shown_in(here), [])
     becomes(lambda: [f for f in footprint(daemon.pid).files if f.startswith(layers)], [])
     assert footprint(daemon.pid).other <= SOCKETS
 

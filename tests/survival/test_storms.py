@@ -17,7 +17,7 @@ from snapshotter.daemon.places import Places
 from snapshotter.mounts import syscalls
 from snapshotter.mounts.table import mount_at
 from tests.support.layouts import write_layout
-from tests.support.leaks import becomes, footprint
+from tests.support.leaks import becomes, footprint, shown_in
 from tests.support.tars import file, tar
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _settled(files: Counter[str]) -> dict[str, int]:
 
 def _views(here: Instance) -> list[str]:
     """What is shown, by FUSE or by the kernel's EROFS."""
-    return [path.name for place in ("fs", "views") for path in here.state.glob(f"{place}/*")]
+    return [*shown_in(here), *(path.name for path in here.state.glob("views/*"))]
 
 
 def _mounted(here: Instance) -> list[Path]:

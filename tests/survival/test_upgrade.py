@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.gateway import Gateway, gateway
-from tests.support.leaks import becomes
+from tests.support.leaks import becomes, shown_in
 from tests.support.versions import Installed, install_current, install_earlier
 from tests.support.workload import push_workload, running_load
 
@@ -69,7 +69,7 @@ def test_containers_see_nothing_of_an_upgrade(here: Instance, way: Gateway, tmp_
     assert seen.rounds["fresh starts"]
     for target in targets:
         here.succeed("umount", target)
-    becomes(lambda: [path.name for path in (here.state / "fs").iterdir()], [])
+    becomes(lambda: shown_in(here), [])
     daemon.send_signal(signal.SIGINT)
     assert daemon.wait(60) == 0
     assert here.mounts() == []
