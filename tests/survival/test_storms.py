@@ -63,7 +63,8 @@ def test_hundreds_of_mounts_at_once_leave_nothing(here: Instance, images: list[s
     def storm() -> None:
         trio.run(_all_at_once, [partial(one, number) for number in range(MOUNTS)])
         becomes(lambda: _views(here), [])
-        assert [entry.point for entry in here.mounts()] == [os.fsencode(here.state / "fs")]
+        always = {os.fsencode(here.state / "fs"), os.fsencode(here.root / "podman/layers")}
+        assert {entry.point for entry in here.mounts()} == always
         assert here.status()["mounts"] == []
 
     storm()
