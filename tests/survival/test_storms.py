@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,6 @@ from tests.support.leaks import becomes, footprint, shown_in
 from tests.support.tars import file, tar
 
 if TYPE_CHECKING:
-    from collections import Counter
     from collections.abc import Sequence
 
     from tests.support.instance import Instance
@@ -66,6 +66,7 @@ def test_hundreds_of_mounts_at_once_leave_nothing(here: Instance, images: list[s
         always = {os.fsencode(here.state / "fs"), os.fsencode(here.root / "podman/layers")}
         assert {entry.point for entry in here.mounts()} == always
         assert here.status()["mounts"] == []
+        becomes(lambda: _layers_open(daemon.pid), [])
 
     storm()
     before = footprint(daemon.pid)
@@ -157,9 +158,14 @@ async def _umount(here: Instance, target: Path) -> None:
     assert isinstance(reply, protocol.Unmounted), reply
 
 
-def _settled(files: Counter[str]) -> dict[str, int]:
+def _layers_open(pid: int) -> list[str]:
+    """They are closed when they are flushed, some time later."""
+    return [name for name in footprint(pid).files if "/layers/" in name]
+
+
+def _settled(files: Counter[str]) -> Counter[str]:
     """Without file indexes: of some that are closed, Python collects the memory map later."""
-    return {name: count for name, count in files.items() if "/indexes/" not in name}
+    return Counter({name: count for name, count in files.items() if "/indexes/" not in name})
 
 
 def _views(here: Instance) -> list[str]:
