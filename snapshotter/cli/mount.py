@@ -103,16 +103,7 @@ def mount(
         wait_local=wait_local,
         mode=mode,
     )
-    with progress.show(quiet=as_json) as shown:
-        reply = trio.run(
-            partial(
-                client.ask,
-                places_of(root, state),
-                request,
-                start=chosen_config(root, state),
-                on_progress=Bars(shown).update,
-            )
-        )
+    reply = ask_with_progress(request, root, state, quiet=as_json)
     assert isinstance(reply, protocol.Mounted)
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(reply.mount)))
@@ -227,6 +218,25 @@ def _require_ours(places: Places, target: Path) -> None:
         raise DaemonError(
             f"no image is mounted at {target}: no daemon runs in {places.state}",
             hint="was it mounted with another --state?",
+        )
+
+
+def ask_with_progress(
+    request: protocol.Request, root: Path | None, state: Path | None, *, quiet: bool
+) -> object:
+    """The daemon's reply, with its progress shown meanwhile; one is started if none runs.
+
+    Raises FirstByteError.
+    """
+    with progress.show(quiet=quiet) as shown:
+        return trio.run(
+            partial(
+                client.ask,
+                places_of(root, state),
+                request,
+                start=chosen_config(root, state),
+                on_progress=Bars(shown).update,
+            )
         )
 
 

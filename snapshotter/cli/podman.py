@@ -11,12 +11,11 @@ import click
 import msgspec
 import trio
 
-from snapshotter.cli import progress
 from snapshotter.cli.connection import json_option, platform_option
 from snapshotter.cli.mount import (
-    Bars,
     absolute,
     absolute_layout,
+    ask_with_progress,
     chosen_config,
     places_of,
     places_options,
@@ -74,16 +73,7 @@ def add(
         index=absolute(index_file) if index_file else "",
         graph_roots=_graph_roots(),
     )
-    with progress.show(quiet=as_json) as shown:
-        reply = trio.run(
-            partial(
-                client.ask,
-                places_of(root, state),
-                request,
-                start=chosen_config(root, state),
-                on_progress=Bars(shown).update,
-            )
-        )
+    reply = ask_with_progress(request, root, state, quiet=as_json)
     assert isinstance(reply, protocol.PodmanAdded)
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(reply.image)))
