@@ -8,8 +8,9 @@ and the other way round, when something has to go (`evict`):
 
     clear bits -> sync bits -> punch a hole
 
-A bit is durable only after the data it vouches for, and gone before it. In memory a chunk counts as
-present as soon as it is written; what was not flushed when the power went is simply fetched again.
+A bit is durable only after the data it vouches for, and gone before it. A chunk counts as present
+as soon as it is written, for a successor of this process as well (`recent`); what was not flushed
+when the power went is simply fetched again.
 Opening a new layer waits for no disk, because a container is waiting: its files' names are synced
 with the first flush, before its first bit.
 """
@@ -22,7 +23,7 @@ import os
 import threading
 import time
 from array import array
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from index.erofs.layout import BLOCK_SIZE
@@ -38,6 +39,7 @@ from snapshotter.store.errors import StoreError, StoreFullError, store_error
 from snapshotter.store.holes import allocated, punch_hole, runs
 from snapshotter.store.leases import sole_access
 from snapshotter.store.presence import PresenceFile
+from snapshotter.store.recent import RecentChunks
 from snapshotter.store.sums import BLOCK_SIZE as SUMMED_SIZE
 from snapshotter.store.sums import BlockSums
 
@@ -90,13 +92,23 @@ class StoredLayer:
         discard_temporaries(directory)
         self._presence = PresenceFile(directory / "present", table)
         try:
+            self._recent = RecentChunks(directory / "recent", table)
+        except BaseException:
+            self._presence.close()
+            raise
+        try:
             self._raw = os.open(self.raw_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             if os.fstat(self._raw).st_size != self._file_size:
                 os.ftruncate(self._raw, self._file_size)
         except OSError as error:
             self._presence.close()
+            self._recent.close()
             raise store_error(error, self.raw_path, "cannot open") from error
         self._present = self._presence.present()
+        for chunk in self._recent.chunks():
+            if not self._present[chunk]:
+                self._present[chunk] = 1
+                self._dirty.add(chunk)
         self._present_count = self._present.count(1)
         self._used = array("I", bytes(4 * len(self._present)))
         self._sums = BlockSums(len(self._present))
@@ -220,7 +232,7 @@ class StoredLayer:
         with self._lock:
             self._forget(chunk)
             try:
-                self._presence.clear([chunk])
+                self._disbelieve([chunk])
             except OSError as error:
                 log.warning("cannot clear a bit of %s: %s", self.raw_path.parent, error.strerror)
             self._unsynced_clears = True
@@ -236,6 +248,12 @@ class StoredLayer:
         self._present_count -= self._present[chunk]
         self._present[chunk] = 0
         self._dirty.discard(chunk)
+
+    def _disbelieve(self, chunks: Iterable[int]) -> None:
+        """Whoever opens the layer next is not to find chunks either. Durable after a sync of the
+        bits. Raises OSError."""
+        self._recent.remove(chunks)
+        self._presence.clear(chunks)
 
     # --- writing ---
 
@@ -262,6 +280,8 @@ class StoredLayer:
                     self._present[chunk] = 1
                     self._used[chunk] = self.space.now
                     self._dirty.add(chunk)
+                    with suppress(OSError):  # a successor would fetch it again
+                        self._recent.add(chunk)
         except StoreError as problem:
             if isinstance(problem.__cause__, OSError) and isinstance(problem, StoreFullError):
                 self.space.note_full()
@@ -314,6 +334,8 @@ class StoredLayer:
                 with self._lock:
                     for chunk in chunks:
                         self._forget(chunk)
+                    with suppress(OSError):  # else it is verified when it is read
+                        self._recent.remove(chunks)
                 raise store_error(error, self.raw_path, "cannot sync") from error
             try:
                 with self._lock:
@@ -400,7 +422,7 @@ class StoredLayer:
             for chunk in here:
                 self._forget(chunk)
             try:
-                self._presence.clear(here)
+                self._disbelieve(here)
             except OSError as error:
                 self._unsynced_clears = True
                 self._evicting.clear()
@@ -457,6 +479,7 @@ class StoredLayer:
         os.close(self._raw)
         self._raw = -1  # a late caller gets EBADF, not whatever file has the number next
         self._presence.close()
+        self._recent.close()
 
 
 @contextmanager

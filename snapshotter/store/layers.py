@@ -3,6 +3,7 @@
     <root>/lock                      held while a process owns the store
     <root>/layers/<content key>/raw      raw space, holes where nothing is present
                                /present  see `presence`
+                               /recent   see `recent`
                                /diff_id  32 bytes: what all of raw space was found to hash to
 
 Keyed by content (`LayerTable.content_key`), so images share layers. A layer's directory is modified

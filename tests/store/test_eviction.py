@@ -101,7 +101,8 @@ def test_what_a_crash_left_without_a_bit_goes_too(store: LayerStore) -> None:
     stored = fill(store)
     path = stored.raw_path
     store.close()
-    path.with_name("present").unlink()
+    for name in ("present", "recent"):
+        path.with_name(name).unlink()
     with LayerStore(store.root) as again:
         stored = again.open(LAYER.table)
         assert stored.present_bytes == 0

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from index.errors import IntegrityError
 from index.tables import CHUNK_SIZE, Codec
 from snapshotter.store import layer as layer_module
+from snapshotter.store import recent
 from snapshotter.store.errors import StoreError, StoreFullError, StoreLockedError
 from snapshotter.store.flusher import INTERVAL, POLL, keep_flushed
 from snapshotter.store.layers import LayerStore
@@ -335,6 +336,7 @@ def test_no_bit_is_ever_durable_before_its_data(
                 unsynced.clear()
         (directory / "raw").write_bytes(raw)
         (directory / "present").write_bytes(present)
+        monkeypatch.setattr(recent, "boot_id", lambda crash=crash: crash.to_bytes(16, "big"))
         with LayerStore(root) as store:
             stored = store.open(LAYER.table)
             here = [chunk for chunk in range(CHUNKS) if stored.has(chunk)]
@@ -362,7 +364,8 @@ for number, chunk in enumerate(stored.missing(0, 39)):
 """
 
 
-def test_a_killed_writer_loses_at_most_what_it_had_not_flushed(tmp_path: Path) -> None:
+def test_a_killed_writer_loses_nothing_that_it_had_written(tmp_path: Path) -> None:
+    """Flushed or not: the kernel has it."""
     layer = make_layer(sample_bytes(40 * CHUNK_SIZE), Codec.PLAIN)
     least = 0
     for kill_after in (3, 6, 9):
@@ -377,7 +380,7 @@ def test_a_killed_writer_loses_at_most_what_it_had_not_flushed(tmp_path: Path) -
         writer.kill()
         writer.stdout.close()
         writer.wait()
-        least += 4 * ((kill_after - 1) // 4)  # a flush is over when the next chunk is announced
+        least += kill_after
         with LayerStore(tmp_path) as store:
             stored = store.open(layer.table)
             here = [chunk for chunk in range(40) if stored.has(chunk)]
@@ -385,6 +388,54 @@ def test_a_killed_writer_loses_at_most_what_it_had_not_flushed(tmp_path: Path) -
             assert [stored.read(chunk) for chunk in here] == [layer.chunk(n) for n in here]
             least = len(here)
             stored.close()
+
+
+def abandon(store: LayerStore) -> None:
+    """As if its process had been killed: nothing is flushed, and the root is free."""
+    os.close(store._owner)
+    store._closed = True
+
+
+def test_what_was_written_before_the_machine_started_counts_only_if_it_was_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LayerStore(tmp_path)
+    stored = store.open(LAYER.table)
+    stored.write(1, LAYER.chunk(1))
+    store.flush()
+    stored.write(4, LAYER.chunk(4))
+    abandon(store)
+    successor = LayerStore(tmp_path)
+    assert successor.open(LAYER.table).missing(0, CHUNKS - 1) == [0, 2, 3, 5]
+    abandon(successor)
+    monkeypatch.setattr(recent, "boot_id", lambda: b"of another boot.")
+    with LayerStore(tmp_path) as later:
+        assert later.open(LAYER.table).missing(0, CHUNKS - 1) == [0, 2, 3, 4, 5]
+
+
+def test_what_a_predecessor_had_not_flushed_is_flushed_by_its_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LayerStore(tmp_path)
+    store.open(LAYER.table).write(4, LAYER.chunk(4))
+    abandon(store)
+    with LayerStore(tmp_path) as successor:
+        successor.open(LAYER.table)
+        successor.flush()
+    monkeypatch.setattr(recent, "boot_id", lambda: b"of another boot.")
+    with LayerStore(tmp_path) as later:
+        assert later.open(LAYER.table).has(4)
+
+
+def test_what_was_dropped_is_not_there_for_a_successor(tmp_path: Path) -> None:
+    store = LayerStore(tmp_path)
+    stored = store.open(LAYER.table)
+    for chunk in (1, 2):
+        stored.write(chunk, LAYER.chunk(chunk))
+    stored.drop(2, "is damaged")
+    abandon(store)
+    with LayerStore(tmp_path) as successor:
+        assert successor.open(LAYER.table).missing(0, CHUNKS - 1) == [0, 2, 3, 4, 5]
 
 
 # --- parts of chunks ---
