@@ -269,11 +269,10 @@ class StoredLayer:
             self._cache.put(self.key, chunk, data)
         try:
             with self._being_written(chunk):
-                self.space.admit(len(data), self.raw_path)
                 try:
-                    self._write_raw(data, chunk * CHUNK_SIZE)
+                    with self.space.admitted(len(data), self.raw_path):
+                        self._write_raw(data, chunk * CHUNK_SIZE)
                 except OSError as error:
-                    self.space.gave_back(len(data))
                     raise store_error(error, self.raw_path, "cannot write") from error
                 with self._lock:
                     self._present_count += 1 - self._present[chunk]

@@ -15,7 +15,7 @@ import os
 import re
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -126,6 +126,9 @@ class Space:
         self._lock = threading.Lock()
         self._began = time.monotonic()
         self._reserved = 0
+        self._in_flight = 0  # bytes that were admitted, and may not be on the disk yet
+        # Bytes that a measurement may not see, while there is one.
+        self._uncounted: int | None = None
         self._refused_at = -REFUSED_SECONDS
         self.now = 0
         self.used = self.free = self.disk = 0
@@ -138,15 +141,22 @@ class Space:
         self.measure()
 
     def measure(self) -> None:
-        """Look at what is on the disk. Blocks: 3 ms for 500 layers. Raises StoreError."""
+        """Look at what is on the disk. Blocks: 3 ms for 500 layers. Raises StoreError.
+
+        What is written meanwhile counts in full, seen or not: rather too much than too little.
+        """
+        with self._lock:
+            self._uncounted = self._in_flight
         try:
             used = sum(size for name in _PARTS for size in tree_sizes(self._root / name))
             disk = os.statvfs(self._root)
         except OSError as error:
             raise store_error(error, self._root, "cannot measure") from error
         with self._lock:
+            uncounted, self._uncounted = self._uncounted or 0, None
+            used += uncounted
             self.used = used
-            self.free = disk.f_bavail * disk.f_frsize
+            self.free = disk.f_bavail * disk.f_frsize - uncounted
             self.disk = disk.f_blocks * disk.f_frsize
             self.marks = marks(self._bounds, used=used, free=self.free, disk=self.disk)
             self.starving = False
@@ -157,22 +167,36 @@ class Space:
 
     # --- what is written and removed ---
 
-    def admit(self, size: int, path: Path) -> None:
-        """So many bytes are about to be written to `path`. Raises StoreFullError if that is too
-        much."""
+    @contextmanager
+    def admitted(self, size: int, path: Path) -> Iterator[None]:
+        """So many bytes are written to `path` in the block, unless it raises. Raises StoreFullError
+        if that is too much."""
         with self._lock:
-            if self.used + size <= self.marks.most:
+            fits = self.used + size <= self.marks.most
+            if fits:
                 self.used += size
                 self.free -= size
-                return
-            self._refused_at = time.monotonic()
-        raise StoreFullError(
-            f"cannot write {path}: the store has reached its limit",
-            hint="store.limit and store.keep_free in the configuration say what it may take",
-        )
+                self._in_flight += size
+                if self._uncounted is not None:
+                    self._uncounted += size
+            else:
+                self._refused_at = time.monotonic()
+        if not fits:
+            raise StoreFullError(
+                f"cannot write {path}: the store has reached its limit",
+                hint="store.limit and store.keep_free in the configuration say what it may take",
+            )
+        try:
+            yield
+        except BaseException:
+            self.gave_back(size)
+            raise
+        finally:
+            with self._lock:
+                self._in_flight -= size
 
     def gave_back(self, size: int) -> None:
-        """So many bytes were removed, or not written after all."""
+        """So many bytes were removed."""
         with self._lock:
             self.used -= size
             self.free += size

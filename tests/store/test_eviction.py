@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from index.tables import CHUNK_SIZE, Codec
 from snapshotter.store import layer as layer_module
+from snapshotter.store import space as space_module
 from snapshotter.store.errors import StoreError, StoreFullError
 from snapshotter.store.layer import held
 from snapshotter.store.layers import LayerStore
@@ -363,6 +364,33 @@ def test_fill_leaves_room_for_reads(tmp_path: Path) -> None:
         assert space.reserve(CHUNK_SIZE, CHUNK_SIZE) == 0
         space.release(room)
         assert space.reserve(CHUNK_SIZE, CHUNK_SIZE) == CHUNK_SIZE
+
+
+def test_what_is_written_during_a_measurement_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the store could grow beyond its limit until the next one."""
+    with bounded(tmp_path, 6) as store:
+        stored, space = store.open(LAYER.table), store.space
+        look = space_module.tree_sizes
+
+        def write_meanwhile(directory: Path) -> Iterator[int]:
+            sizes = list(look(directory))
+            if directory.name == "layers":
+                stored.write(2, LAYER.chunk(2))
+            return iter(sizes)
+
+        def measure_first(data: bytes, offset: int) -> None:
+            monkeypatch.setattr(stored, "_write_raw", write_raw)
+            space.measure()
+            write_raw(data, offset)
+
+        monkeypatch.setattr(space_module, "tree_sizes", write_meanwhile)
+        write_raw = stored._write_raw
+        monkeypatch.setattr(stored, "_write_raw", measure_first)
+        stored.write(1, LAYER.chunk(1))
+        assert stored.missing(1, 2) == []
+        assert space.used >= stored.disk_usage() == 2 * CHUNK_SIZE
 
 
 @given(
