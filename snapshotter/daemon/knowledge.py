@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -36,6 +37,9 @@ class Knowledge:
     def __init__(self, root: Path, opened: Iterable[FileIndex] = ()) -> None:
         """`opened` are indexes of this node that were opened before. Raises StoreError."""
         self._records = ImageStore(root)
+        # Held while one is read and written back: lower layers are recorded while the proof of all
+        # of them ends, each in a thread.
+        self._changing = threading.Lock()
         self._indexes = IndexStore(root)
         self._opened = WeakValueDictionary({index.digest: index for index in opened})
         # The files of indexes, as they were when this process checked them.
@@ -117,15 +121,21 @@ class Knowledge:
             pack=found.pack.digest if found.pack is not None else "",
             pack_size=found.pack.size if found.pack is not None else 0,
         )
-        known = await trio.to_thread.run_sync(self._records.get, image.descriptor.digest)
-        if known is not None and known.index_digest == record.index_digest:
-            record = msgspec.structs.replace(record, prefixes=known.prefixes)
-        if known == record:
-            self.touch(record.manifest_digest)
-        else:
-            await trio.to_thread.run_sync(self._indexes.sync, record.index_digest)
-            await trio.to_thread.run_sync(self._records.put, record)
-        self.unrecorded.discard(record.index_digest)
+
+        def write() -> None:
+            with self._changing:
+                known = self._records.get(record.manifest_digest)
+                now = record
+                if known is not None and known.index_digest == record.index_digest:
+                    now = msgspec.structs.replace(record, prefixes=known.prefixes)
+                if now == known:
+                    self.touch(now.manifest_digest)
+                else:
+                    self._indexes.sync(now.index_digest)
+                    self._records.put(now)
+                self.unrecorded.discard(now.index_digest)
+
+        await trio.to_thread.run_sync(write)
 
     def touch(self, manifest_digest: str) -> None:
         """An image is used now."""
@@ -154,11 +164,12 @@ class Knowledge:
 
         def record() -> None:
             self._indexes.sync(index.digest)
-            known = self._records.get(manifest_digest)
-            if known is not None:
-                prefixes = {**known.prefixes, depth: index.digest}
-                self._records.put(msgspec.structs.replace(known, prefixes=prefixes))
-                self.unrecorded.discard(index.digest)
+            with self._changing:
+                known = self._records.get(manifest_digest)
+                if known is not None:
+                    prefixes = {**known.prefixes, depth: index.digest}
+                    self._records.put(msgspec.structs.replace(known, prefixes=prefixes))
+                    self.unrecorded.discard(index.digest)
 
         await trio.to_thread.run_sync(record)
         return kept
@@ -173,14 +184,14 @@ class Knowledge:
         """
 
         def sweep() -> None:
-            gone = self._records.get(manifest_digest)
-            self._records.remove(manifest_digest)
-            if gone is None:
-                return
-            left = self._records.all()
-            indexes = {digest for record in left for digest in record.all_indexes} | {*in_use}
-            for digest in gone.all_indexes:
-                if digest not in indexes:
+            with self._changing:
+                gone = self._records.get(manifest_digest)
+                self._records.remove(manifest_digest)
+                if gone is None:
+                    return
+                left = self._records.all()
+                indexes = {digest for record in left for digest in record.all_indexes}
+                for digest in gone.all_indexes - indexes - self.unrecorded - {*in_use}:
                     self._indexes.remove(digest)
             layers = {key for record in left for key in record.content_keys}
             store.remove([key for key in gone.content_keys if key not in layers])
@@ -195,13 +206,14 @@ class Knowledge:
         """
 
         def sweep() -> None:
-            record = self._records.get(manifest_digest)
-            if record is None:
-                return
-            gone = record.content_keys[depth:]
-            kept = msgspec.structs.replace(record, content_keys=record.content_keys[:depth])
-            self._records.put(kept)
-            used = {key for other in self._records.all() for key in other.content_keys}
+            with self._changing:
+                record = self._records.get(manifest_digest)
+                if record is None:
+                    return
+                gone = record.content_keys[depth:]
+                kept = msgspec.structs.replace(record, content_keys=record.content_keys[:depth])
+                self._records.put(kept)
+                used = {key for other in self._records.all() for key in other.content_keys}
             store.remove([key for key in gone if key not in used])
 
         await trio.to_thread.run_sync(sweep)
@@ -224,8 +236,9 @@ class Knowledge:
     def disown(self, manifest_digest: str, index_digest: bytes) -> None:
         """Forget an index that lies about its image."""
         try:
-            self._records.remove(manifest_digest)
-            self._indexes.remove(index_digest)
+            with self._changing:
+                self._records.remove(manifest_digest)
+                self._indexes.remove(index_digest)
         except FirstByteError as error:
             log.error("a wrong file index stays on disk: %s", error)
 
