@@ -54,7 +54,7 @@ class Housekeeping:
         self._space = store.space
         self._working = trio.Lock()
         self._can_drop_chunks = True
-        images.make_room = self._squeeze
+        images.room.make = self._squeeze
 
     async def run(self) -> None:
         """Keep house until cancelled. What the disk refuses is logged, and tried again."""

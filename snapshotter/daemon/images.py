@@ -1,4 +1,4 @@
-"""The images that are open on this node: resolved, indexed, shown, filled, closed.
+"""The images that are open on this node: opened, shared, restored, closed.
 
 One image is open once, however many directories and containers show it: they share view, page cache
 and fetches. It is keyed by its file index's digest and not by its manifest's or its chain of
@@ -11,57 +11,47 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import trio
 
-from index.errors import FirstByteError, about
+from index.errors import FirstByteError
 from snapshotter.daemon.completion import Completion
-from snapshotter.daemon.errors import DaemonError, NoIndexError
-from snapshotter.daemon.open_image import OpenImage
-from snapshotter.daemon.protocol import Progress
-from snapshotter.daemon.records import ViewRecord
+from snapshotter.daemon.errors import DaemonError
+from snapshotter.daemon.lookup import Lookup
+from snapshotter.daemon.opener import Opener
+from snapshotter.daemon.room import Room
 from snapshotter.daemon.showing import Showing
 from snapshotter.daemon.spool import Spool
 from snapshotter.daemon.startups import Expected, Startups
-from snapshotter.fetch.fill import ImageFill
-from snapshotter.fetch.layer import LazyLayer
-from snapshotter.fetch.source import ImageLayerSource
 from snapshotter.fetch.startup import StartupRecorder
 from snapshotter.fetch.trace import StartTrace
-from snapshotter.images.discovery import FoundIndex, Trust, accept, look_up
-from snapshotter.images.indexing import build_index
 from snapshotter.images.prefix import build_prefix
-from snapshotter.registry.image import configure, find_manifest
-from snapshotter.registry.platform import Platform
 from snapshotter.store.collection import InUse
-from snapshotter.store.errors import StoreFullError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
     from pathlib import Path
 
     from snapshotter.daemon.knowledge import Knowledge
+    from snapshotter.daemon.open_image import OpenImage
     from snapshotter.daemon.places import Places
+    from snapshotter.daemon.protocol import Progress
     from snapshotter.daemon.records import Records
     from snapshotter.daemon.showing import Mode
     from snapshotter.fetch.scheduler import Scheduler
     from snapshotter.fetch.stats import FetchStats
     from snapshotter.fuse.view import Views
+    from snapshotter.images.discovery import FoundIndex, Trust
     from snapshotter.registry.image import ImageSource, ResolvedImage
     from snapshotter.registry.locations import Locations
-    from snapshotter.registry.manifest import Manifest
     from snapshotter.store.layers import LayerStore
 
 log = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
 _TRIM_SECONDS = 30.0
 """What is read again meanwhile is in the page cache, 64 KiB a fault; a guess."""
-
-_LOWER = ".lower"  # ends the names of views that show only the lower layers of an image
 
 
 class Images:
@@ -91,7 +81,6 @@ class Images:
         self._scheduler = scheduler
         self._locate = locate
         self._nursery = nursery
-        self._trusted = trusted
         self._mode = mode
         self._knowledge = knowledge
         self._showing = Showing(places, views, records, write_tree=self._knowledge.tree_of)
@@ -100,9 +89,11 @@ class Images:
         self.claims: list[Callable[[], Iterable[str]]] = []
         """Those who tell which images are in use, open or not, by their manifests' digests."""
 
-        self.make_room: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
-        """What to do when the disk is full and an image is to be opened."""
+        self.room = Room()
+        """Where room comes from when the disk is full and an image is to be opened."""
 
+        self._lookup = Lookup(knowledge, self.room, trusted)
+        self._opener = Opener(store, self._showing, scheduler, self._completion, self.room)
         self._open: dict[tuple[bytes, bool], OpenImage] = {}  # index digest, whether all layers
         self._restored: list[OpenImage] = []
         self._opening: WeakValueDictionary[object, trio.Lock] = WeakValueDictionary()
@@ -162,14 +153,9 @@ class Images:
         report: Callable[[Progress], None] = lambda _: None,
     ) -> tuple[OpenImage, ResolvedImage]:
         """As `acquire`, and what the reference stands for: several images may be open as one."""
-        wanted = Platform.parse(platform) if platform else Platform.host()
         source = self._locate(plain_http or None).source(reference)
         trace, began = StartTrace(), trio.current_time()
-        resolved = await self._knowledge.resolve(reference)
-        if resolved is not None:
-            manifest = resolved.manifest
-        else:
-            manifest = await find_manifest(source, wanted)
+        manifest, known = await self._lookup.resolve(source, reference, platform)
         began = trace.step("resolve", began)
         digest = manifest.descriptor.digest
         async with self._one_at_a_time(digest):
@@ -180,16 +166,16 @@ class Images:
             spool = Spool(self._root, self._store.space)
             expected = Expected(self._startups, source)
             try:
-                recalled = await self._knowledge.recall(digest, None)
-                if index is not None:
-                    resolved = resolved or await configure(source, manifest)
-                    found = await self._given(resolved, index)
-                elif recalled is not None:
-                    resolved, found = replace(recalled[0], name=source.name), recalled[1]
-                else:
-                    resolved, found = await self._find(
-                        source, manifest, spool, expected, report, may_build=may_build
-                    )
+                resolved, found = await self._lookup.find(
+                    source,
+                    manifest,
+                    known=known,
+                    given=index,
+                    may_build=may_build,
+                    on_pack=expected.expect,
+                    on_raw=spool.writer,
+                    report=report,
+                )
                 began = trace.step("file index", began)
                 image = await self._share(
                     resolved,
@@ -229,7 +215,7 @@ class Images:
             image.users += 1
         try:
             built = await build_prefix(image.found.index, image.layers, depth)
-            await self._written(partial(self._knowledge.keep_prefix, digest, depth, built))
+            await self.room.written(partial(self._knowledge.keep_prefix, digest, depth, built))
         finally:
             with trio.CancelScope(shield=True):
                 await self.release(image)
@@ -449,7 +435,7 @@ class Images:
             image = self._open.get(key)
             if image is None:
                 recorder = StartupRecorder() if starts and whole else None
-                image = self._open[key] = await self._make(
+                image = self._open[key] = await self._opener.open(
                     resolved, source, found, recorder, trace, plain_http=plain_http
                 )
                 if whole:
@@ -467,131 +453,3 @@ class Images:
             image.manifests[resolved.descriptor.digest] = resolved
             await self._completion.keep(image)
         return image
-
-    async def _make(
-        self,
-        resolved: ResolvedImage,
-        source: ImageSource,
-        found: FoundIndex,
-        recorder: StartupRecorder | None,
-        trace: StartTrace,
-        *,
-        plain_http: bool,
-    ) -> OpenImage:
-        index = found.index
-        stored = await self._written(
-            partial(trio.to_thread.run_sync, self._store.open_all, index.layers)
-        )
-        layers = [
-            LazyLayer(
-                table,
-                stored[number],
-                ImageLayerSource(source, resolved.manifest.layers[number], index, number),
-                self._scheduler,
-                recorder=recorder,
-                trace=trace,
-                number=number,
-            )
-            for number, table in enumerate(index.layers)
-        ]
-        whole = len(layers) == len(resolved.manifest.layers)
-        try:
-            shown = await self._showing.add(
-                index.digest.hex() + ("" if whole else _LOWER),
-                resolved.name,
-                index,
-                layers,
-                lambda names: ViewRecord(
-                    image=resolved.descriptor.digest,
-                    depth=len(layers),
-                    plain_http=plain_http,
-                    names=names,
-                ),
-            )
-        except BaseException:
-            for layer in layers:
-                layer.close()
-            raise
-        manifests = {resolved.descriptor.digest: resolved}
-        fill = ImageFill(
-            layers,
-            self._scheduler,
-            # Not of the image, which has this: files of a closed one would stay open, and on the
-            # disk although deleted, until the garbage collector looks for cycles.
-            quarantine=lambda _, error: self._completion.quarantine(shown, manifests, error),
-        )
-        local = found.trust is Trust.LOCAL and await trio.to_thread.run_sync(
-            lambda: all(layer.stored.proven for layer in layers)
-        )
-        if local and recorder is not None:
-            recorder.stop()  # the kernel reads from the disk, and we see next to nothing
-        image = OpenImage(
-            manifests,
-            source,
-            found,
-            shown,
-            layers,
-            fill,
-            trace,
-            plain_http=plain_http,
-            local=local,
-        )
-        if recorder is not None:
-            trace.touches = recorder.touches
-        log.info(
-            "opened %s: %s, %d of %d layers, %d inodes, file index sha256:%s (%s)",
-            resolved.name,
-            image.digest,
-            len(layers),
-            len(resolved.manifest.layers),
-            index.tree.inode_count,
-            index.digest.hex(),
-            found.trust.value,
-        )
-        return image
-
-    async def _given(self, resolved: ResolvedImage, path: Path) -> FoundIndex:
-        data = await trio.Path(path).read_bytes()
-        with about(str(path)):
-            index = await trio.to_thread.run_sync(accept, data, resolved)
-        kept = await self._written(partial(self._knowledge.keep_index, index))
-        return FoundIndex(kept, Trust.GIVEN)
-
-    async def _find(
-        self,
-        source: ImageSource,
-        manifest: Manifest,
-        spool: Spool,
-        expected: Expected,
-        report: Callable[[Progress], None],
-        *,
-        may_build: bool,
-    ) -> tuple[ResolvedImage, FoundIndex]:
-        """The image, with the index from the registry, or one that is built here by reading every
-        layer."""
-        resolved, found = await look_up(source, manifest, self._trusted, on_pack=expected.expect)
-        if found is None:
-            if not may_build:
-                raise NoIndexError(f"{resolved.name} has no file index that can be used")
-            size = sum(layer.size for layer in resolved.manifest.layers)
-            log.info(
-                "%s has no file index: reading all %d bytes of it to build one", resolved.name, size
-            )
-            index = await build_index(
-                source,
-                resolved,
-                on_progress=lambda done: report(Progress("building the file index", done, size)),
-                on_raw=spool.writer,
-            )
-            found = FoundIndex(index, Trust.LOCAL)
-        kept = await self._written(partial(self._knowledge.keep_index, found.index))
-        return resolved, replace(found, index=kept)
-
-    async def _written(self, write: Callable[[], Awaitable[_T]]) -> _T:
-        """The result of what writes to the store. On a full disk room is made for it, once."""
-        try:
-            return await write()
-        except StoreFullError as error:
-            log.warning("making room: %s", error)
-            await self.make_room()
-            return await write()

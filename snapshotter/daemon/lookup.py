@@ -1,0 +1,110 @@
+"""From a reference to an image and its file index: known here, given, found, or built."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from index.errors import about
+from snapshotter.daemon.errors import NoIndexError
+from snapshotter.daemon.protocol import Progress
+from snapshotter.images.discovery import FoundIndex, Trust, accept, look_up
+from snapshotter.images.indexing import build_index
+from snapshotter.registry.image import configure, find_manifest
+from snapshotter.registry.platform import Platform
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+    from pathlib import Path
+
+    from snapshotter.daemon.knowledge import Knowledge
+    from snapshotter.daemon.room import Room
+    from snapshotter.registry.image import ImageSource, ResolvedImage
+    from snapshotter.registry.manifest import Descriptor, Manifest
+
+log = logging.getLogger(__name__)
+
+
+class Lookup:
+    """For all images of the daemon, and the trio thread."""
+
+    def __init__(self, knowledge: Knowledge, room: Room, trusted: Collection[Trust]) -> None:
+        """Indexes are believed if they come in one of the `trusted` ways."""
+        self._knowledge = knowledge
+        self._room = room
+        self._trusted = trusted
+
+    async def resolve(
+        self, source: ImageSource, reference: str, platform: str
+    ) -> tuple[Manifest, ResolvedImage | None]:
+        """The manifest that a reference stands for, and the image if this node has had it.
+
+        `platform` "" is the host's. Raises FirstByteError.
+        """
+        wanted = Platform.parse(platform) if platform else Platform.host()
+        known = await self._knowledge.resolve(reference)
+        if known is not None:
+            return known.manifest, known
+        return await find_manifest(source, wanted), None
+
+    async def find(
+        self,
+        source: ImageSource,
+        manifest: Manifest,
+        *,
+        known: ResolvedImage | None,
+        given: Path | None,
+        may_build: bool,
+        on_pack: Callable[[Descriptor], None],
+        on_raw: Callable[[int], Callable[[bytes], None]],
+        report: Callable[[Progress], None],
+    ) -> tuple[ResolvedImage, FoundIndex]:
+        """The image of a manifest with its index, which is on this node from then on.
+
+        `known` and `manifest` are as `resolve` has returned them. `given` is a file with the index;
+        None takes the one that was used last, else looks for one in the registry and, if
+        `may_build`, builds one. `on_pack` is told of startup packs before the index is fetched;
+        `on_raw` makes, for a layer, what takes its raw space while an index is built. Raises
+        NoIndexError if there is none, other FirstByteErrors if the image cannot be read.
+        """
+        if given is not None:
+            image = known or await configure(source, manifest)
+            found = await self._given(image, given)
+        else:
+            recalled = await self._knowledge.recall(manifest.descriptor.digest, None)
+            if recalled is not None:
+                return replace(recalled[0], name=source.name), recalled[1]
+            image, published = await look_up(source, manifest, self._trusted, on_pack=on_pack)
+            if published is None and not may_build:
+                raise NoIndexError(f"{image.name} has no file index that can be used")
+            found = published or await self._build(source, image, on_raw, report)
+        kept = await self._room.written(partial(self._knowledge.keep_index, found.index))
+        return image, replace(found, index=kept)
+
+    async def _given(self, image: ResolvedImage, path: Path) -> FoundIndex:
+        data = await trio.Path(path).read_bytes()
+        with about(str(path)):
+            index = await trio.to_thread.run_sync(accept, data, image)
+        return FoundIndex(index, Trust.GIVEN)
+
+    async def _build(
+        self,
+        source: ImageSource,
+        image: ResolvedImage,
+        on_raw: Callable[[int], Callable[[bytes], None]],
+        report: Callable[[Progress], None],
+    ) -> FoundIndex:
+        """An index that is built here, by reading every layer."""
+        size = sum(layer.size for layer in image.manifest.layers)
+        log.info("%s has no file index: reading all %d bytes of it to build one", image.name, size)
+        index = await build_index(
+            source,
+            image,
+            on_progress=lambda done: report(Progress("building the file index", done, size)),
+            on_raw=on_raw,
+        )
+        return FoundIndex(index, Trust.LOCAL)
