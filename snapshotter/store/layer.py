@@ -9,8 +9,8 @@ and the other way round, when something has to go (`evict`):
     clear bits -> sync bits -> punch a hole
 
 A bit is durable only after the data it vouches for, and gone before it. A chunk counts as present
-as soon as it is written, for a successor of this process as well (`recent`); what was not flushed
-when the power went is simply fetched again.
+as soon as it is written, for a successor of this process as well (`chunks` keeps the books); what
+was not flushed when the power went is simply fetched again.
 Opening a new layer waits for no disk, because a container is waiting: its files' names are synced
 with the first flush, before its first bit.
 """
@@ -22,13 +22,13 @@ import logging
 import os
 import threading
 import time
-from array import array
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from index.erofs.layout import BLOCK_SIZE
 from index.errors import IntegrityError
 from index.tables import CHUNK_SIZE
+from snapshotter.store.chunks import ChunkStates
 from snapshotter.store.durable import (
     discard_temporaries,
     remove_file,
@@ -38,8 +38,6 @@ from snapshotter.store.durable import (
 from snapshotter.store.errors import StoreError, StoreFullError, store_error
 from snapshotter.store.holes import allocated, punch_hole, runs
 from snapshotter.store.leases import sole_access
-from snapshotter.store.presence import PresenceFile
-from snapshotter.store.recent import RecentChunks
 from snapshotter.store.sums import BLOCK_SIZE as SUMMED_SIZE
 from snapshotter.store.sums import BlockSums
 
@@ -62,7 +60,7 @@ administrator wants to see of a full disk."""
 
 
 class StoredLayer:
-    """A layer's raw file and bitmap. Thread-safe. Made by `LayerStore.open` alone."""
+    """A layer's raw file, and what of it is here. Thread-safe. Made by `LayerStore.open` alone."""
 
     def __init__(
         self, directory: Path, table: LayerTable, key: bytes, cache: VerifiedCache, space: Space
@@ -74,13 +72,8 @@ class StoredLayer:
         self._cache = cache
         self._diff_id_path = directory / "diff_id"
         self._users = 1
-        self._lock = threading.Lock()
+        self._users_lock = threading.Lock()
         self._flush_lock = threading.Lock()
-        self._dirty: set[int] = set()
-        self._writing: list[int] = []  # a list, because two may write the same chunk
-        self._evicting: set[int] = set()
-        self._holds = 0
-        self._unsynced_clears = False
         self._next_complaint = 0.0
         self._names_synced = False
         # The kernel's EROFS reads the file in whole blocks, or not at all (EIO).
@@ -90,28 +83,15 @@ class StoredLayer:
         except OSError as error:
             raise store_error(error, directory, "cannot create") from error
         discard_temporaries(directory)
-        self._presence = PresenceFile(directory / "present", table)
-        try:
-            self._recent = RecentChunks(directory / "recent", table)
-        except BaseException:
-            self._presence.close()
-            raise
+        self._chunks = ChunkStates(directory, table)
         try:
             self._raw = os.open(self.raw_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             if os.fstat(self._raw).st_size != self._file_size:
                 os.ftruncate(self._raw, self._file_size)
         except OSError as error:
-            self._presence.close()
-            self._recent.close()
+            self._chunks.close()
             raise store_error(error, self.raw_path, "cannot open") from error
-        self._present = self._presence.present()
-        for chunk in self._recent.chunks():
-            if not self._present[chunk]:
-                self._present[chunk] = 1
-                self._dirty.add(chunk)
-        self._present_count = self._present.count(1)
-        self._used = array("I", bytes(4 * len(self._present)))
-        self._sums = BlockSums(len(self._present))
+        self._sums = BlockSums(table.chunk_count)
 
         self.start_chunks: set[int] = set()
         """Chunks that starts need: the last to be evicted."""
@@ -119,30 +99,25 @@ class StoredLayer:
     # --- what is there ---
 
     def has(self, chunk: int) -> bool:
-        return bool(self._present[chunk])
+        return self._chunks.has(chunk)
 
     def missing(self, first: int, last: int) -> list[int]:
         """The chunks of `first` … `last` inclusive that are not present."""
-        present = self._present
-        return [chunk for chunk in range(first, last + 1) if not present[chunk]]
+        return self._chunks.missing(first, last)
 
     @property
     def complete(self) -> bool:
-        return self._present_count == len(self._present)
+        return self._chunks.complete
 
     @property
     def present_bytes(self) -> int:
         """Bytes of raw space that are present."""
-        last = len(self._present) - 1
-        if last < 0:
-            return 0
-        short = CHUNK_SIZE - self.table.chunk_length(last) if self._present[last] else 0
-        return self._present_count * CHUNK_SIZE - short
+        return self._chunks.present_bytes
 
     @property
     def dirty_bytes(self) -> int:
         """About how many bytes were written since the last flush."""
-        return len(self._dirty) * CHUNK_SIZE
+        return self._chunks.dirty_bytes
 
     def disk_usage(self) -> int:
         """Bytes of disk that raw space takes."""
@@ -152,7 +127,7 @@ class StoredLayer:
 
     def peek(self, chunk: int, start: int = 0, end: int = CHUNK_SIZE) -> Bytes | None:
         """Bytes `start` … `end` of a chunk if that needs no wait for a disk, else None."""
-        self._used[chunk] = self.space.now
+        self._chunks.use(chunk, self.space.now)
         return self._read(chunk, start, end, os.RWF_NOWAIT)
 
     def read(self, chunk: int, start: int = 0, end: int = CHUNK_SIZE) -> Bytes | None:
@@ -202,7 +177,7 @@ class StoredLayer:
 
     def _from_disk(self, chunk: int, start: int, end: int, flags: int) -> bytearray | None:
         """Part of a chunk, unverified; None if it is not present, or cannot be read (so)."""
-        if not self._present[chunk]:
+        if not self._chunks.has(chunk):
             return None
         buffer = bytearray(end - start)
         try:
@@ -219,7 +194,7 @@ class StoredLayer:
 
     def drop(self, chunk: int, why: str) -> None:
         """Stop believing a chunk on disk; logged. It will be fetched again."""
-        if not self._present[chunk]:
+        if not self._chunks.has(chunk):
             return  # it was evicted while somebody read it
         log.error(
             "chunk %d of %s (%s, offset %d) %s: it is fetched again",
@@ -229,13 +204,10 @@ class StoredLayer:
             chunk * CHUNK_SIZE,
             why,
         )
-        with self._lock:
-            self._forget(chunk)
-            try:
-                self._disbelieve([chunk])
-            except OSError as error:
-                log.warning("cannot clear a bit of %s: %s", self.raw_path.parent, error.strerror)
-            self._unsynced_clears = True
+        try:
+            self._chunks.drop(chunk)
+        except OSError as error:
+            log.warning("cannot clear a bit of %s: %s", self.raw_path.parent, error.strerror)
         self._void_proof()
 
     def _void_proof(self) -> None:
@@ -243,17 +215,6 @@ class StoredLayer:
             remove_file(self._diff_id_path)
         except StoreError as error:
             log.warning("%s", error)
-
-    def _forget(self, chunk: int) -> None:
-        self._present_count -= self._present[chunk]
-        self._present[chunk] = 0
-        self._dirty.discard(chunk)
-
-    def _disbelieve(self, chunks: Iterable[int]) -> None:
-        """Whoever opens the layer next is not to find chunks either. Durable after a sync of the
-        bits. Raises OSError."""
-        self._recent.remove(chunks)
-        self._presence.clear(chunks)
 
     # --- writing ---
 
@@ -268,38 +229,18 @@ class StoredLayer:
         if remember:
             self._cache.put(self.key, chunk, data)
         try:
-            with self._being_written(chunk):
+            with self._chunks.being_written(chunk):
                 try:
                     with self.space.admitted(len(data), self.raw_path):
                         self._write_raw(data, chunk * CHUNK_SIZE)
                 except OSError as error:
                     raise store_error(error, self.raw_path, "cannot write") from error
-                with self._lock:
-                    self._present_count += 1 - self._present[chunk]
-                    self._present[chunk] = 1
-                    self._used[chunk] = self.space.now
-                    self._dirty.add(chunk)
-                    with suppress(OSError):  # a successor would fetch it again
-                        self._recent.add(chunk)
+                self._chunks.written(chunk, self.space.now)
         except StoreError as problem:
             if isinstance(problem.__cause__, OSError) and isinstance(problem, StoreFullError):
                 self.space.note_full()
             self._complain(problem)
             raise
-
-    @contextmanager
-    def _being_written(self, chunk: int) -> Iterator[None]:
-        """Nobody makes a hole where a chunk is being written. Raises StoreFullError if somebody
-        does that already."""
-        with self._lock:
-            if chunk in self._evicting:
-                raise StoreFullError(f"chunk {chunk} of {self.table} is just being evicted")
-            self._writing.append(chunk)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._writing.remove(chunk)
 
     def _write_raw(self, data: bytes, offset: int) -> None:
         written = os.pwrite(self._raw, data, offset)
@@ -321,34 +262,20 @@ class StoredLayer:
         Chunks whose sync failed are not present any more: the kernel may have dropped them.
         """
         with self._flush_lock:
-            with self._lock:
-                chunks, self._dirty = self._dirty, set()
-                if not chunks and not self._unsynced_clears:
-                    return
-                self._unsynced_clears = False
+            chunks = self._chunks.begin_flush()
+            if chunks is None:
+                return
             try:
                 self._sync_names()
                 os.fdatasync(self._raw)
             except OSError as error:
-                with self._lock:
-                    for chunk in chunks:
-                        self._forget(chunk)
-                    with suppress(OSError):  # else it is verified when it is read
-                        self._recent.remove(chunks)
+                self._chunks.lose(chunks)
                 raise store_error(error, self.raw_path, "cannot sync") from error
             try:
-                with self._lock:
-                    # Dropped meanwhile, or dropped and written anew: not synced just now.
-                    synced = {c for c in chunks - self._dirty if self._present[c]}
-                    self._presence.mark(synced)
-                self._presence.sync()
+                self._chunks.make_durable(chunks)
             except OSError as error:
-                with self._lock:
-                    self._dirty |= {c for c in chunks if self._present[c]}
-                    self._unsynced_clears = True
-                raise store_error(
-                    error, self.raw_path.with_name("present"), "cannot sync"
-                ) from error
+                path = self.raw_path.with_name("present")
+                raise store_error(error, path, "cannot sync") from error
 
     def _sync_names(self) -> None:
         """Make the files' own names durable, once. Raises OSError."""
@@ -362,22 +289,15 @@ class StoredLayer:
     def hold(self) -> None:
         """Let nothing be evicted until `unhold`: for who reads the raw file by itself. What was
         evicted before is not `complete` any more."""
-        with self._lock:
-            self._holds += 1
+        self._chunks.hold()
 
     def unhold(self) -> None:
-        with self._lock:
-            self._holds -= 1
+        self._chunks.unhold()
 
     def candidates(self) -> list[tuple[bool, int, int]]:
         """What may be evicted: for each chunk whether starts need it, when it was last used (as
         `Space.now` counts), its number. Nothing while somebody holds the layer."""
-        with self._lock:
-            if self._holds:
-                return []
-            present = bytes(self._present)
-        used, needed = self._used, self.start_chunks
-        return [(n in needed, used[n], n) for n, here in enumerate(present) if here]
+        return self._chunks.candidates(self.start_chunks)
 
     def evict(self, chunks: Iterable[int]) -> int:
         """Give the disk space of chunks back, and that of what a crash has left half written.
@@ -389,46 +309,34 @@ class StoredLayer:
             if not alone:
                 return 0
             before = self.disk_usage()
-            going = self._begin_eviction(set(chunks))
+            holes = self._begin_eviction(chunks)
             try:
-                self._presence.sync()
-                for run in runs(sorted(going)):
+                self._chunks.sync_eviction()
+                for run in runs(sorted(holes)):
                     punch_hole(self._raw, run.start * CHUNK_SIZE, len(run) * CHUNK_SIZE)
             except OSError as error:
-                self._unsynced_clears = True
                 raise store_error(error, self.raw_path, "cannot make holes in") from error
             finally:
-                with self._lock:
-                    self._evicting.clear()
+                self._chunks.end_eviction()
             freed = before - self.disk_usage()
             self.space.evicted(freed)
             return freed
 
-    def _begin_eviction(self, chunks: set[int]) -> set[int]:
-        """Stop believing chunks, and say which holes may be made. Raises StoreError."""
+    def _begin_eviction(self, chunks: Iterable[int]) -> set[int]:
+        """Stop believing chunks, and say where holes may be made. Raises StoreError."""
+        count = self.table.chunk_count
         leftovers = {
             chunk
             for start, end in allocated(self._raw)
-            for chunk in range(start // CHUNK_SIZE, min(-(-end // CHUNK_SIZE), len(self._present)))
+            for chunk in range(start // CHUNK_SIZE, min(-(-end // CHUNK_SIZE), count))
         }
-        with self._lock:
-            if self._holds:
-                return set()
-            here = {chunk for chunk in chunks if self._present[chunk]} - {*self._writing}
-            absent = {chunk for chunk in leftovers if not self._present[chunk]} - {*self._writing}
-            self._evicting |= here | absent
-            was_complete = self.complete
-            for chunk in here:
-                self._forget(chunk)
-            try:
-                self._disbelieve(here)
-            except OSError as error:
-                self._unsynced_clears = True
-                self._evicting.clear()
-                raise store_error(error, self.raw_path, "cannot clear bits of") from error
-        if was_complete and here:
+        try:
+            holes, ends_complete = self._chunks.begin_eviction(chunks, leftovers)
+        except OSError as error:
+            raise store_error(error, self.raw_path, "cannot clear bits of") from error
+        if ends_complete:
             self._void_proof()
-        return here | absent
+        return holes
 
     # --- the layer as a whole ---
 
@@ -461,12 +369,12 @@ class StoredLayer:
 
     def retain(self) -> None:
         """One more user, who calls `close` once."""
-        with self._lock:
+        with self._users_lock:
             self._users += 1
 
     def close(self) -> None:
         """One user less. Never blocks: files are closed by the store, once they are flushed."""
-        with self._lock:
+        with self._users_lock:
             self._users -= 1
 
     @property
@@ -477,8 +385,7 @@ class StoredLayer:
         """Close the files. For the store alone, when nobody can use the layer any more."""
         os.close(self._raw)
         self._raw = -1  # a late caller gets EBADF, not whatever file has the number next
-        self._presence.close()
-        self._recent.close()
+        self._chunks.close()
 
 
 @contextmanager
