@@ -6,8 +6,10 @@ import stat
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
+from index.tables import CHUNK_SIZE
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from index.erofs.reader import Image
 
@@ -30,6 +32,21 @@ class FileExtents:
                 if at == layer and start < offset + length and offset < end:
                     return path
         return None
+
+
+def files_in(
+    image: Image, places: Collection[tuple[int, int]]
+) -> dict[tuple[int, int], list[bytes]]:
+    """The paths of the files that have bytes in each of these (layer, chunk), in the order of their
+    bytes. A file of several names goes by one. Takes some 10 us a file of the image.
+    """
+    wanted = frozenset(places)
+    found: dict[tuple[int, int], list[tuple[int, bytes]]] = {place: [] for place in wanted}
+    for layer, start, end, path in _extents(image):
+        for chunk in range(start // CHUNK_SIZE, (end - 1) // CHUNK_SIZE + 1):
+            if (layer, chunk) in wanted:
+                found[layer, chunk].append((start, path))
+    return {place: [path for _, path in sorted(held)] for place, held in found.items()}
 
 
 def _extents(image: Image) -> Iterator[tuple[int, int, int, bytes]]:

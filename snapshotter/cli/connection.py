@@ -37,6 +37,12 @@ config_option = click.option(
     callback=lambda context, _, path: context.meta.__setitem__(_CONFIG, config.load(path)),
     help=f"The configuration file [default: {config.DEFAULT_CONFIG}, if it exists].",
 )
+index_option = click.option(
+    "--index",
+    "index_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Use this file index [default: the image's own, else one is built here].",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 
 

@@ -17,6 +17,7 @@ from snapshotter.cli import progress
 from snapshotter.cli.connection import (
     config_option,
     configuration,
+    index_option,
     json_option,
     plain_http_option,
     platform_option,
@@ -56,12 +57,7 @@ def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @click.argument("reference")
 @click.argument("directory", type=_DIRECTORY)
-@click.option(
-    "--index",
-    "index_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Use this file index [default: the image's own, else one is built here].",
-)
+@index_option
 @click.option(
     "--mode",
     type=click.Choice(["auto", "native", "erofs", "fuse"]),

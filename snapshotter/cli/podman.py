@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
 import trio
 
-from snapshotter.cli.connection import json_option, platform_option
+from snapshotter.cli.connection import index_option, json_option, platform_option
 from snapshotter.cli.mount import (
     absolute,
     absolute_layout,
@@ -31,6 +30,8 @@ from snapshotter.podman.storage_conf import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from snapshotter.daemon.places import Places
 
 
@@ -44,12 +45,7 @@ def podman() -> None:
 
 @podman.command()
 @click.argument("reference")
-@click.option(
-    "--index",
-    "index_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Use this file index [default: the image's own, else one is built here].",
-)
+@index_option
 @places_options
 @platform_option
 @json_option

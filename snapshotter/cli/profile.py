@@ -13,8 +13,8 @@ import click
 import trio
 
 from index import profile as profiles
+from index.extents import files_in
 from index.tables import CHUNK_SIZE
-from index.touched import files_in
 from snapshotter.cli import progress
 from snapshotter.cli.connection import (
     chosen_platform,

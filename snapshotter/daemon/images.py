@@ -125,34 +125,15 @@ class Images:
         index: Path | None = None,
         may_build: bool = True,
         report: Callable[[Progress], None] = lambda _: None,
-    ) -> OpenImage:
-        """Open an image, or share it if it is open already; `release` it once.
-
-        `plain_http` false leaves the choice to the configuration of hosts. `index` is a file with
-        the image's index; None looks for one and, if `may_build`, builds one. Raises
-        NoIndexError if there is none, other FirstByteErrors if the image cannot be found or read.
-        """
-        image, _ = await self.acquire_resolved(
-            reference,
-            platform,
-            plain_http=plain_http,
-            index=index,
-            may_build=may_build,
-            report=report,
-        )
-        return image
-
-    async def acquire_resolved(
-        self,
-        reference: str,
-        platform: str = "",
-        *,
-        plain_http: bool = False,
-        index: Path | None = None,
-        may_build: bool = True,
-        report: Callable[[Progress], None] = lambda _: None,
     ) -> tuple[OpenImage, ResolvedImage]:
-        """As `acquire`, and what the reference stands for: several images may be open as one."""
+        """Open an image, or share it if it is open already; `release` it once. Returns, too, what
+        the reference stands for: several images may be open as one.
+
+        `platform` "" is the host's. `plain_http` false leaves the choice to the configuration of
+        hosts. `index` is a file with the image's index; None looks for one and, if `may_build`,
+        builds one. Raises NoIndexError if there is none, other FirstByteErrors if the image cannot
+        be found or read.
+        """
         source = self._locate(plain_http or None).source(reference)
         trace, began = StartTrace(), trio.current_time()
         manifest, known = await self._lookup.resolve(source, reference, platform)

@@ -205,10 +205,10 @@ class LazySnapshots:
             return _refused(labels, "policy", "images.never in the configuration excludes it")
         try:
             name = Reference.parse(labels.reference).name
-            whole = image.whole = await self._images.acquire(
+            image.whole, _ = await self._images.acquire(
                 f"{name}@{labels.manifest_digest}", may_build=self._policy.build
             )
-            await self._images.keep(whole)
+            await self._images.keep(image.whole)
         except NoIndexError as error:
             return _refused(labels, "no-index", str(error))
         except UnsupportedError as error:

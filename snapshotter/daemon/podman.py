@@ -77,7 +77,7 @@ class PodmanImages:
         """Put an image into the store, or give one that is there another name. Raises
         FirstByteError."""
         name = podman_name(request.reference)
-        image, resolved = await self._images.acquire_resolved(
+        image, resolved = await self._images.acquire(
             request.reference,
             request.platform,
             index=Path(request.index) if request.index else None,

@@ -297,7 +297,7 @@ class PodmanLayers:
 
     async def _acquire(self, reference: str, digest: str) -> bool:
         """Open the image that a reference stands for now; tells if the layer is one of it."""
-        image, resolved = await self._images.acquire_resolved(reference, may_build=self._may_build)
+        image, resolved = await self._images.acquire(reference, may_build=self._may_build)
         try:
             if not await self._may_have(resolved, digest):
                 await self._images.release(image)

@@ -149,7 +149,7 @@ class Service:
         wanted = _mode(request.mode)
         mount = await self._claim(Path(request.target), request.reference)
         try:
-            mount.image = await self._images.acquire(
+            mount.image, _ = await self._images.acquire(
                 request.reference,
                 request.platform,
                 plain_http=request.plain_http,
