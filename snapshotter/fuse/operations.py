@@ -1,7 +1,16 @@
-"""pyfuse3's handlers: answers to what the relay passes on, for all views of the mount.
+"""pyfuse3's handlers: answers to what the relay passes on, and to nothing else.
 
-That is what is rare, about the mount's own root, or about a slot that only this knows: `answers`
-has the rest, and there it says what may be remembered and why. Handles are inode numbers here.
+    LOOKUP                 of a name in the mount's root that is no image's; in a live view
+    GETATTR, READ          of what is in a live view
+    READDIRPLUS            of the mount's root, and in a live view
+    READLINK, LISTXATTR    of everything, and GETXATTR of what has any
+    STATFS                 of the mount
+    CREATE, MKNOD, RMDIR   where the mount is bound to be written to: in a live view that may mean
+                           something, elsewhere it is an error
+    any of these           about a slot that is gone: ESTALE
+
+`answers` and `reads` have the rest, and there it says what may be remembered and why. Handles are
+inode numbers here.
 """
 
 from __future__ import annotations
@@ -75,6 +84,11 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.ESTALE)
         return view, nid
 
+    def _find_live(self, inode: int) -> tuple[LiveView, int]:
+        view, nid = self._find(inode)
+        assert isinstance(view, LiveView)
+        return view, nid
+
     @_answered
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
@@ -84,16 +98,11 @@ class Operations(pyfuse3.Operations):
             if named is None:
                 raise pyfuse3.FUSEError(errno.ENOENT)
             return _view_root(named)
-        view, parent = self._find(parent_inode)
-        if isinstance(view, LiveView):
-            found = await view.find(parent, name)
-            if found is None:
-                raise pyfuse3.FUSEError(errno.ENOENT)
-            return _passing(*found)
-        nid = view.image.lookup(parent, name)
-        if nid is None:
-            return _no_such_name()
-        return _attributes(view, nid)
+        view, parent = self._find_live(parent_inode)
+        found = await view.find(parent, name)
+        if found is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return _passing(*found)
 
     @_answered
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
@@ -106,11 +115,9 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        view, nid = self._find(fh)
+        view, nid = self._find_live(fh)
         try:
-            data = view.read_now(nid, off, size)
-            if data is None:
-                data = await view.read(nid, off, size)
+            data = await view.read(nid, off, size)
         except FirstByteError as error:
             raise self.refuse(f"read of {size} bytes at {off}", fh, error) from error
         return cast("bytes", data)  # pyfuse3 takes any buffer, whatever its annotation says
@@ -147,7 +154,7 @@ class Operations(pyfuse3.Operations):
         listing = (
             _list_mount_root(self.views, start_id)
             if fh == pyfuse3.ROOT_INODE
-            else _list_directory(*self._find(fh), start_id)
+            else _list_directory(*self._find_live(fh), start_id)
         )
         for position, name, attributes in listing:
             if not pyfuse3.readdir_reply(token, name, attributes, position):
@@ -218,16 +225,8 @@ def _mount_root(views: Views) -> pyfuse3.EntryAttributes:
     return attributes
 
 
-def _no_such_name() -> pyfuse3.EntryAttributes:
-    """Inode 0 with a timeout is how FUSE spells an ENOENT that may be remembered."""
-    attributes = pyfuse3.EntryAttributes()
-    attributes.st_ino = 0
-    attributes.entry_timeout = _FOR_EVER
-    return attributes
-
-
 def _list_directory(
-    view: View, nid: int, start: int
+    view: LiveView, nid: int, start: int
 ) -> Iterator[tuple[int, bytes, pyfuse3.EntryAttributes]]:
     """(position after it, name, attributes) of each entry from `start` on.
 
@@ -239,12 +238,8 @@ def _list_directory(
         parent = view.image.lookup(nid, b"..")
         yield AFTER_DOTS, b"..", _attributes(view, nid if parent is None else parent)
     done = max(start - AFTER_DOTS, 0)
-    if isinstance(view, LiveView):
-        for position, (name, of, child) in enumerate(list(view.entries(nid))[done:], start=done):
-            yield position + 1 + AFTER_DOTS, name, _passing(of, child)
-        return
-    for position, name, child, _ in view.image.readdir(nid, done):
-        yield position + AFTER_DOTS, name, _attributes(view, child)
+    for position, (name, of, child) in enumerate(list(view.entries(nid))[done:], start=done):
+        yield position + 1 + AFTER_DOTS, name, _passing(of, child)
 
 
 def _list_mount_root(

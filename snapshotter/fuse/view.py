@@ -1,6 +1,7 @@
 """Views: the images that the daemon's one FUSE mount shows, and where a file's bytes come from.
 
-Nothing here knows pyfuse3; `operations.py` turns requests of the kernel into calls of this.
+Nothing here knows FUSE; `answers`, `reads` and `operations` turn requests of the kernel into calls
+of this.
 """
 
 from __future__ import annotations

@@ -159,12 +159,9 @@ class LayerStoreView(LiveView):
         await self._source.release(node.reference, digest)
         return True
 
-    def read_now(self, nid: int, offset: int, size: int) -> Data:
+    async def read(self, nid: int, offset: int, size: int) -> Data:
         node = self._node(nid)
         return self._layer(node).info(node.digest)[offset : offset + size]
-
-    async def read(self, nid: int, offset: int, size: int) -> Data:
-        return self.read_now(nid, offset, size)
 
     def inode(self, nid: int) -> Inode:
         """As of `Tree`."""
