@@ -1,4 +1,4 @@
-"""For all tests: one that does not run is one that fails."""
+"""For all tests: one that does not run is one that fails. And what many of them start."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.instance import Instance, instance
+from tests.support.registry import RunningRegistry, docker_registry
+
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator
 
 pytest_plugins = ["pytester"]
 
@@ -36,3 +39,17 @@ def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
         report.outcome = "failed"
         # With its name, because xdist shows equal texts once.
         report.longrepr = f"{report.nodeid}: skipped, which counts as a failure: {reason}"
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRegistry]:
+    """A real registry for all tests of a module."""
+    with docker_registry(tmp_path_factory.mktemp("registry")) as running:
+        yield running
+
+
+@pytest.fixture
+def here() -> Iterator[Instance]:
+    """An instance for each test."""
+    with instance() as made:
+        yield made

@@ -18,23 +18,17 @@ from index.convert import FrameWriter
 from index.tables import Codec
 from tests.support.faults import Fault, FaultRegistry, fault_registry
 from tests.support.images import put, sample_image
-from tests.support.instance import Instance, firstbyte, instance
+from tests.support.instance import Instance, firstbyte
 from tests.support.layouts import raw_digest, write_layout, write_packed
 from tests.support.tars import file, hardlink, symlink, tar
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 GZIP_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 COMMAND = (sys.executable, "-m", "snapshotter.cli.main")
 NOISE = random.Random(1).randbytes(600_000)
-
-
-@pytest.fixture
-def here() -> Iterator[Instance]:
-    with instance() as made:
-        yield made
 
 
 def refused(*arguments: str | Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import trio
@@ -17,11 +17,8 @@ from snapshotter.registry.transport import Response, Transport
 from tests.support.blobs import sample_bytes
 from tests.support.instance import firstbyte
 from tests.support.layouts import write_layout
-from tests.support.registry import RunningRegistry, docker_registry, skopeo_push
+from tests.support.registry import RunningRegistry, skopeo_push
 from tests.support.tars import file, tar
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 BOTH = (Trust.ANNOTATION, Trust.REFERRER)
 
@@ -51,12 +48,6 @@ class Rounds(Transport):
                 waiting, self._waiting = self._waiting, []
                 for turn in waiting:
                     turn.set()
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRegistry]:
-    with docker_registry(tmp_path_factory.mktemp("registry")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
 
 EARLIER = os.environ.get("FIRSTBYTE_EARLIER", "015b744")
@@ -29,7 +31,7 @@ class Installed:
 
 
 def install_earlier(place: Path) -> Installed:
-    """The program as of the commit EARLIER; today's, where the clone does not go back so far."""
+    """The program as of the commit EARLIER, which the history has to reach back to."""
     (place / "program").mkdir(parents=True)
     archive = subprocess.run(
         ["git", "-C", REPOSITORY, "archive", EARLIER, "index", "snapshotter"],
@@ -37,9 +39,25 @@ def install_earlier(place: Path) -> Installed:
         check=False,
     )
     if archive.returncode:
-        return install_current(place)
+        pytest.fail(
+            f"there is no earlier version to upgrade from: {_why_not(archive.stderr)}",
+            pytrace=False,
+        )
     subprocess.run(["tar", "-x", "-C", place / "program"], input=archive.stdout, check=True)
     return _installed(place)
+
+
+def _why_not(complaint: bytes) -> str:
+    """Why git does not give us EARLIER, and what to do about it."""
+    shallow = subprocess.run(
+        ["git", "-C", REPOSITORY, "rev-parse", "--is-shallow-repository"],
+        capture_output=True,
+        check=False,
+    )
+    if shallow.stdout.strip() == b"true":
+        return f"this clone does not go back to {EARLIER}; run git fetch --unshallow"
+    said = complaint.decode(errors="replace").strip()
+    return f"{said}; name a commit of this repository's history in FIRSTBYTE_EARLIER"
 
 
 def install_current(place: Path) -> Installed:
