@@ -75,5 +75,11 @@ class TlsError(NetworkError):
     transient = False
 
 
+class ProxyError(NetworkError):
+    """The way leads through a proxy that cannot be used, or that refuses (403, 407)."""
+
+    transient = False
+
+
 class ProtocolError(RegistryError):
     """An answer that makes no sense: it breaks HTTP, the distribution or the image spec."""

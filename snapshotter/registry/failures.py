@@ -7,7 +7,8 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
-from snapshotter.registry.errors import NetworkError, TlsError
+from snapshotter.registry.errors import NetworkError, ProxyError, TlsError
+from snapshotter.registry.status import PROXY_LOGIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +39,19 @@ def network_error(host: str, error: Exception) -> NetworkError:
                 hint="is the registry running, and reachable from here?",
             )
     return NetworkError(f"connection to {host} failed ({error or type(error).__name__})")
+
+
+def tunnel_error(server: str, answer: str) -> NetworkError:
+    """The error for a proxy's `answer` to CONNECT, which is not 200: status and reason."""
+    status = answer[:3]
+    if status == "407":
+        return ProxyError(f"{server}: the proxy wants to know who asks", hint=PROXY_LOGIN)
+    if status.startswith("4") and status not in ("408", "429"):
+        return ProxyError(
+            f"{server}: the proxy refuses ({answer.strip()})",
+            hint="is the registry meant to be in NO_PROXY?",
+        )
+    return NetworkError(f"{server}: the proxy does not get through ({answer.strip()})")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

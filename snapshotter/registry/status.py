@@ -12,6 +12,7 @@ from snapshotter.registry.errors import (
     ForbiddenError,
     NotFoundError,
     ProtocolError,
+    ProxyError,
     RateLimitedError,
     RegistryError,
     ServerError,
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 MAX_EXPLANATION = 8 << 10
 """Bytes of an error's body that are read for its explanation."""
+
+PROXY_LOGIN = "name user and password in the proxy's URL: http://USER:PASSWORD@HOST:PORT"
 
 _MAX_SAID = 200  # characters of it that are shown
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\U0010ffff]+")
@@ -55,6 +58,8 @@ def error_of(
             return ForbiddenError(f"{what}: access denied{detail}")
         case 404:
             return NotFoundError(f"{what}: not found{detail}")
+        case 407:
+            return ProxyError(f"{what}: the proxy wants to know who asks", hint=PROXY_LOGIN)
         case 429:
             hint = f"wait {seconds:.0f} seconds" if seconds else "wait, or docker login"
             return RateLimitedError(

@@ -1,17 +1,15 @@
 """HTTP: one exchange at a time, streamed both ways, every wait with a deadline.
 
-The only module that knows which HTTP library there is. It follows no redirect, adds no
-credentials and judges no status; `session` does. Each way of speaking TLS has connections of its
-own: what was agreed with one client certificate, or without any check, serves no other request.
-
-Measured with this library on trio, 4 connections, plain HTTP on loopback: HTTP/2 costs 2.5 to 3
-times HTTP/1.1's CPU per byte, so it is off; network reads of 256 KiB instead of 64 KiB raise
-843 MiB/s a core to 1391 (TLS records are 16 KiB and gain nothing), hence `_BigReads`.
+Only this module and `connections` know which HTTP library there is. It follows no redirect, adds no
+credentials and judges no status; `session` does. Each way of speaking TLS, and each proxy, has
+connections of its own: what was agreed with one client certificate, or without any check, serves no
+other request.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import ssl
 import sys
 from collections import OrderedDict
@@ -24,11 +22,13 @@ from urllib.parse import urlsplit
 import httpcore
 import trio
 
+from snapshotter.registry.connections import open_pool
 from snapshotter.registry.deadlines import Deadlines
 from snapshotter.registry.errors import NetworkError, ProtocolError
-from snapshotter.registry.failures import network_error
+from snapshotter.registry.failures import network_error, tunnel_error
 from snapshotter.registry.health import Health
 from snapshotter.registry.image import PIECE
+from snapshotter.registry.proxies import Proxies, address_of
 
 # httpx loads its own command line, and with it rich and pygments, if it can: 0.15 s of every start
 # for what nothing here calls. None makes that import fail as if they were missing.
@@ -41,60 +41,8 @@ if TYPE_CHECKING:
 
 _USER_AGENT = f"firstbyte/{version('firstbyte')}"
 
-_MAX_CONNECTIONS = 64  # guess: above what the fetch scheduler keeps in flight, below fd limits
 _MAX_POOLS = 16  # guess: more than a node has mirrors with certificates of their own
 _MAX_DISCARD = 64 << 10  # an error's or redirect's body: reading it saves the connection
-
-
-class _BigReadStream(httpcore.AsyncNetworkStream):
-    """A connection that reads up to PIECE bytes at once, whatever is asked for."""
-
-    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
-        self._stream = stream
-
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return await self._stream.read(max(max_bytes, PIECE), timeout)
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        await self._stream.write(buffer, timeout)
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-    async def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        return _BigReadStream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
-
-
-class _BigReads(httpcore.AsyncNetworkBackend):
-    """The trio backend with `_BigReadStream`s. `dial_timeout` is for TCP alone, without TLS."""
-
-    def __init__(self, dial_timeout: float | None) -> None:
-        self._backend = httpcore.TrioBackend()
-        self._dial_timeout = dial_timeout
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        stream = await self._backend.connect_tcp(
-            host, port, self._dial_timeout or timeout, local_address, socket_options
-        )
-        return _BigReadStream(stream)
-
-    async def sleep(self, seconds: float) -> None:
-        await trio.sleep(seconds)
 
 
 class _RequestBody(httpx.AsyncByteStream):
@@ -156,8 +104,12 @@ class _PoolTransport(httpx.AsyncBaseTransport):
 class Response:
     """A status, headers, and a body that is read as it comes. Close it: `async with`."""
 
-    def __init__(self, response: httpx.Response, deadlines: Deadlines, pool: _Pool) -> None:
+    def __init__(
+        self, response: httpx.Response, server: str, deadlines: Deadlines, pool: _Pool
+    ) -> None:
+        """`server` is what errors call it."""
         self._response = response
+        self._server = server
         self._deadlines = deadlines
         self._pool: _Pool | None = pool
         self._body: AsyncIterator[bytes] | None = None
@@ -198,10 +150,13 @@ class Response:
         while True:
             allowed = self._deadlines.stall + received / self._deadlines.min_rate
             started = trio.current_time()
-            with _errors_of(self.url), trio.move_on_after(allowed - waited) as patience:
+            with (
+                _errors_of(self.url, self._server),
+                trio.move_on_after(allowed - waited) as patience,
+            ):
                 piece = await anext(body, None)
             if patience.cancelled_caught:
-                raise NetworkError(f"{_host(self.url)} stopped sending after {received} bytes")
+                raise NetworkError(f"{self._server} stopped sending after {received} bytes")
             waited += trio.current_time() - started
             if piece is None:
                 return
@@ -233,7 +188,7 @@ class Response:
     async def aclose(self) -> None:
         """Give the connection back, or drop it if the body was not read to its end."""
         try:
-            with suppress(NetworkError), _errors_of(self.url):
+            with suppress(NetworkError), _errors_of(self.url, self._server):
                 await self._response.aclose()
                 if self._body is not None:
                     # Stopped half-way, the libraries' nested generators would be left to the
@@ -246,7 +201,8 @@ class Response:
                 await pool.leave()
 
 
-_Route = tuple[ssl.SSLContext | None, float | None]  # None: the default context; dial timeout
+_Route = tuple[ssl.SSLContext | None, float | None, str | None]
+"""The TLS context (None: the default one), the dial timeout, and the proxy."""
 
 
 @dataclass(eq=False)
@@ -275,8 +231,14 @@ class Transport:
     """
 
     def __init__(
-        self, *, tls: ssl.SSLContext | None = None, deadlines: Deadlines | None = None
+        self,
+        *,
+        tls: ssl.SSLContext | None = None,
+        deadlines: Deadlines | None = None,
+        proxies: Proxies | None = None,
     ) -> None:
+        """`proxies` None are those that the environment names."""
+        self._proxies = Proxies.of(os.environ) if proxies is None else proxies
         self.deadlines = deadlines or Deadlines()
         self.health = Health()
         self._tls = tls
@@ -314,8 +276,12 @@ class Transport:
 
         A streamed body needs a Content-Length header, or `Transfer-Encoding: chunked`. `tls` and
         `deadlines` replace the transport's own; `dial_timeout` limits connecting without TLS.
-        Raises NetworkError, TlsError, or ProtocolError for a URL that leads nowhere.
+        Raises NetworkError, TlsError, ProxyError, or ProtocolError for a URL that leads nowhere.
         """
+        proxy = self._proxies.proxy_for(url)
+        server = _host(url)
+        if proxy is not None:
+            server += f" (through the proxy {address_of(proxy)})"
         waits = deadlines or self.deadlines
         # A streamed body takes as long as it takes; each of its writes has a deadline.
         whole = math.inf
@@ -324,10 +290,10 @@ class Transport:
         timeout = httpx.Timeout(
             connect=waits.connect, pool=waits.connect, write=waits.answer, read=waits.answer
         )
-        pool = await self._enter_pool((tls, dial_timeout))
+        pool = await self._enter_pool((tls, dial_timeout, proxy))
         response = None
         try:
-            with _errors_of(url), trio.move_on_after(whole):
+            with _errors_of(url, server), trio.move_on_after(whole):
                 request = httpx.Request(
                     method,
                     url,
@@ -342,22 +308,20 @@ class Transport:
             if response is None:
                 await pool.leave()
         if response is None:
-            raise NetworkError(f"{_host(url)} does not answer in time")
-        return Response(response, waits, pool)
+            raise NetworkError(f"{server} does not answer in time")
+        return Response(response, server, waits, pool)
 
     async def _enter_pool(self, route: _Route) -> _Pool:
         assert self._open, "Transport is used outside `async with`"
         pool = self._pools.get(route)
         if pool is None:
-            tls, dial_timeout = route
-            connections = httpcore.AsyncConnectionPool(
-                ssl_context=tls or self._tls,
-                max_connections=_MAX_CONNECTIONS,
-                max_keepalive_connections=_MAX_CONNECTIONS,
-                keepalive_expiry=30,
-                network_backend=_BigReads(dial_timeout),
+            tls, dial_timeout, proxy = route
+            assert self._tls is not None
+            connections = open_pool(
+                tls or self._tls, dial_timeout=dial_timeout, proxy=proxy, proxy_tls=self._tls
             )
-            client = httpx.AsyncClient(transport=_PoolTransport(connections), trust_env=False)
+            transport = _PoolTransport(connections)
+            client = httpx.AsyncClient(transport=transport, trust_env=False)
             pool = self._pools[route] = _Pool(client)
         pool.users += 1
         self._pools.move_to_end(route)
@@ -376,19 +340,20 @@ def _with_defaults(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def _errors_of(url: str) -> Iterator[None]:
+def _errors_of(url: str, server: str) -> Iterator[None]:
     """The HTTP library's exceptions, as this room's."""
-    host = _host(url)
     try:
         yield
     except (httpx.TimeoutException, httpcore.TimeoutException) as error:
-        raise NetworkError(f"{host} does not answer in time") from error
+        raise NetworkError(f"{server} does not answer in time") from error
     except (httpcore.UnsupportedProtocol, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
         raise ProtocolError(f"{url[:200]!r} is not a URL to fetch from") from error
+    except httpcore.ProxyError as error:
+        raise tunnel_error(server, str(error)) from error
     except (httpcore.LocalProtocolError, httpx.LocalProtocolError) as error:
-        raise ProtocolError(f"no valid request to {host} ({error})") from error
+        raise ProtocolError(f"no valid request to {server} ({error})") from error
     except (httpx.TransportError, httpcore.NetworkError, httpcore.ProtocolError) as error:
-        raise network_error(host, error) from error
+        raise network_error(server, error) from error
 
 
 def _host(url: str) -> str:
