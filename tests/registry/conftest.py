@@ -17,6 +17,7 @@ from snapshotter.registry.reference import Reference
 from snapshotter.registry.retry import RetryPolicy
 from snapshotter.registry.transport import Transport
 from tests.support.faults import FaultRegistry, fault_registry
+from tests.support.images import SampleImage, put, sample_image
 from tests.support.registry import RunningRegistry, docker_registry
 
 if TYPE_CHECKING:
@@ -134,3 +135,25 @@ async def mirror() -> AsyncIterator[FaultRegistry]:
     """A second registry, to be a mirror of the first."""
     async with fault_registry() as registry:
         yield registry
+
+
+@pytest.fixture(scope="session")
+def sample() -> SampleImage:
+    """An image of two layers, for any registry."""
+    return sample_image(seed=50, size=600_000)
+
+
+def serve(registry: FaultRegistry, opener: Opener, sample: SampleImage) -> Registry:
+    """The image, put into a registry and opened there."""
+    put(registry, "team/app", sample, "v1")
+    return opener.source(f"{registry.host}/team/app:v1")
+
+
+@pytest.fixture
+def source(
+    faulty: FaultRegistry, mirror: FaultRegistry, certs_d: CertsD, sample: SampleImage
+) -> Registry:
+    """An image that `faulty`, its registry, and `mirror`, a mirror of that, both have."""
+    certs_d.mirror(faulty.host, mirror.host)
+    put(mirror, "team/app", sample, "v1")
+    return serve(faulty, certs_d.opener, sample)

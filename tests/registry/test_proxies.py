@@ -21,7 +21,7 @@ from snapshotter.registry.proxies import Proxies, address_of
 from snapshotter.registry.transport import Transport
 from tests.registry.conftest import Opener
 from tests.support.faults import Fault, FaultRegistry, fault_registry
-from tests.support.images import SampleImage, push, put, sample_image
+from tests.support.images import SampleImage, push, put, read
 from tests.support.proxy import Proxy, running_proxy
 
 if TYPE_CHECKING:
@@ -147,11 +147,6 @@ def ca() -> trustme.CA:
     return trustme.CA()
 
 
-@pytest.fixture(scope="module")
-def sample() -> SampleImage:
-    return sample_image()
-
-
 def server_context(ca: trustme.CA, name: str) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     ca.issue_cert(name).configure_cert(context)
@@ -190,8 +185,7 @@ async def pull(opener: Opener, sample: SampleImage, *, plain_http: bool = False)
     assert resolved.manifest.raw == sample.manifest.raw
     for layer, data in zip(resolved.manifest.layers, sample.layers, strict=True):
         for start, end in ((0, 1000), (1000, layer.size)):
-            async with source.open_range(layer, start, end) as pieces:
-                assert b"".join([piece async for piece in pieces]) == data[start:end]
+            assert await read(source, layer, start, end) == data[start:end]
 
 
 async def test_tls_goes_through_a_tunnel(

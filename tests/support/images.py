@@ -15,6 +15,7 @@ from snapshotter.registry.image import body_of
 from snapshotter.registry.manifest import OCI_CONFIG, OCI_LAYER, Descriptor, Manifest
 
 if TYPE_CHECKING:
+    from snapshotter.registry.client import Registry
     from snapshotter.registry.image import ImageSink
     from tests.support.faults import FaultRegistry
 
@@ -82,3 +83,9 @@ async def push(sink: ImageSink, image: SampleImage, *, named: bool = True) -> No
     for descriptor in (image.manifest.config, *image.manifest.layers):
         await sink.write_blob(descriptor, body_of(image.blobs[descriptor.digest]))
     await sink.write_manifest(image.manifest, named=named)
+
+
+async def read(source: Registry, layer: Descriptor, start: int, end: int) -> bytes:
+    """Bytes `start` … `end` of a layer."""
+    async with source.open_range(layer, start, end) as pieces:
+        return b"".join([piece async for piece in pieces])
