@@ -25,11 +25,17 @@ if TYPE_CHECKING:
 
     from index.entry import Entry
 
-_OPAQUE = {b"trusted.overlay.opaque": b"y"}
+OPAQUE = b"trusted.overlay.opaque"
+"""The extended attribute that overlayfs reads where root has mounted it."""
+
+USER_OPAQUE = b"user.overlay.opaque"
+"""The one that it reads where it is mounted in a user namespace (`userxattr`, Linux 5.11)."""
 
 
-def layer_trees(layers: Iterable[Iterable[Entry]]) -> Iterator[Node]:
+def layer_trees(layers: Iterable[Iterable[Entry]], opaque: bytes = OPAQUE) -> Iterator[Node]:
     """The tree of each layer, given the entries of all of them, the lowest first.
+
+    `opaque` is the extended attribute that marks opaque directories.
 
     A directory is in a layer's tree if the layer changed it or anything below it; it has the
     metadata that it has in the merged tree at that moment, and so has the root, always. Extents
@@ -39,7 +45,7 @@ def layer_trees(layers: Iterable[Iterable[Entry]]) -> Iterator[Node]:
     known = {merger.root: _Directory({}, {}, ())}
     for number, entries in enumerate(layers):
         merger.apply(number, entries)
-        yield _Difference(merger.root, known).tree()
+        yield _Difference(merger.root, known, opaque).tree()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +73,9 @@ class _Difference:
     directory, never changes.
     """
 
-    def __init__(self, root: Node, known: dict[Node, _Directory]) -> None:
+    def __init__(self, root: Node, known: dict[Node, _Directory], opaque: bytes) -> None:
         self._root = root
+        self._opaque = {opaque: b"y"}
         self._known = known
         self._made: dict[Node, Node] = {}  # of the layer's tree, by that of the merged tree
 
@@ -101,7 +108,7 @@ class _Difference:
                 if made is None:
                     continue
                 if old is not None and old.is_dir and old is not child:
-                    made.xattrs = made.xattrs | _OPAQUE
+                    made.xattrs = made.xattrs | self._opaque
                 children[name] = made
             elif child is not old:
                 children[name] = self._file(child)
@@ -120,7 +127,7 @@ class _Difference:
         gone = was.children.keys() - node.children.keys()
         stays = any(old is node.children.get(name) for name, old in was.children.items())
         if gone and not stays and node is not self._root:  # whose mark overlayfs does not heed
-            made.xattrs = node.xattrs | _OPAQUE
+            made.xattrs = node.xattrs | self._opaque
         else:
             children.update((name, Node(stat.S_IFCHR)) for name in gone)
 

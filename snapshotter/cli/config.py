@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from snapshotter.cli.connection import config_option, configuration, json_option
-from snapshotter.daemon.config import DEFAULT_CONFIG, Config, encode, load
+from snapshotter.daemon.config import Config, encode, load, usual_file
 from snapshotter.daemon.config_check import in_toml, keys
 
 
@@ -29,7 +29,7 @@ def check(file: Path | None) -> None:
     Without FILE it is the usual one, which need not exist.
     """
     load(file)
-    name = file or DEFAULT_CONFIG
+    name = file or usual_file()
     click.echo(f"{name} is right" if name.exists() else f"there is no {name}: defaults are used")
 
 

@@ -13,6 +13,7 @@ import trio
 
 from index.errors import FirstByteError
 from snapshotter.cli.connection import json_option
+from snapshotter.cli.mount import act_as_root
 from snapshotter.daemon import client, config, protocol
 from snapshotter.daemon.places import Places
 from snapshotter.doctor import podman_facts
@@ -68,7 +69,7 @@ def containerd(
     Says of every check how it stands, and what to do where something is wrong. The exit status is
     1 if there is a problem; warnings and skipped checks are none.
     """
-    own = config.load(None)
+    own = config.load_system()
     places = Places(_absolute(root or own.root), _absolute(state or own.state))
     expected = Expected(
         address=_absolute(address) if address else _socket(own, places),
@@ -83,7 +84,7 @@ def containerd(
 @click.option(
     "--storage-conf",
     type=_PATH,
-    help="podman's storage.conf [default: where root's podman looks for it].",
+    help="podman's storage.conf [default: where podman looks for it].",
 )
 @click.option("--root", type=_PATH, help="Where images' data is kept [default: as configured].")
 @click.option("--state", type=_PATH, help="Where sockets and mounts are [default: as configured].")
@@ -96,11 +97,24 @@ def podman(storage_conf: Path | None, root: Path | None, state: Path | None, as_
     """
     own = config.load(None)
     places = Places(_absolute(root or own.root), _absolute(state or own.state))
+    cannot_enter = _enter_namespace(places)
     status = _status(places)
+    daemon = 0 if isinstance(status, str) else status.pid
     facts = podman_facts.collect(
-        storage_conf, status if isinstance(status, str) else _unserved(status)
+        storage_conf,
+        status if isinstance(status, str) else _unserved(status),
+        cannot_enter or podman_facts.look_at_namespace(daemon),
     )
     _tell(examine_podman(facts, places.podman_images, places.podman_layers), as_json=as_json)
+
+
+def _enter_namespace(places: Places) -> str:
+    """Look from where a user's podman looks, or tell why that cannot be."""
+    try:
+        act_as_root(places)
+    except FirstByteError as error:
+        return str(error)
+    return ""
 
 
 def _unserved(status: protocol.Status) -> list[tuple[str, str]]:

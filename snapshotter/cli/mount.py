@@ -29,7 +29,10 @@ from snapshotter.daemon.leftovers import is_ours
 from snapshotter.daemon.logs import log_to_stderr
 from snapshotter.daemon.places import Places
 from snapshotter.mounts.table import mount_at
+from snapshotter.podman import rootless
+from snapshotter.podman.storage_conf import find_storage_conf, read_storage_conf
 from snapshotter.registry.layout import PREFIX
+from snapshotter.store.durable import make_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,8 +145,8 @@ def umount(directory: Path, root: Path | None, state: Path | None) -> None:
 @json_option
 def status(root: Path | None, state: Path | None, as_json: bool) -> None:
     """Show what is mounted, and how much of it is on this node."""
-    require_root()
     places = places_of(root, state)
+    act_as_root(places)
     reply = trio.run(partial(client.ask, places, protocol.StatusRequest(), start=None))
     if reply is None:
         reply = protocol.Status(pid=0, root=str(places.root), state=str(places.state), mounts=[])
@@ -190,11 +193,12 @@ def daemon(
     """
     from snapshotter.daemon import process  # what the other commands leave to the daemon
 
-    require_root()
-    log_to_stderr()
     chosen = chosen_config(root, state)
+    places = Places(chosen.root, chosen.state)
+    act_as_root(places)
+    log_to_stderr()
     if stop:
-        trio.run(_stop, Places(chosen.root, chosen.state))
+        trio.run(_stop, places)
         return
     if address is not None:
         chosen = msgspec.structs.replace(chosen, address=Path(absolute(address)))
@@ -291,9 +295,24 @@ def _mode_of(shown: _Shown) -> str:
 
 
 def require_root() -> None:
-    """Raises DaemonError."""
-    if os.geteuid():
-        raise DaemonError("images are mounted by root alone", hint="use sudo")
+    """For what is to be seen by everybody. Raises DaemonError."""
+    if rootless.is_outside():
+        raise DaemonError(
+            "images are mounted by root alone",
+            hint="use sudo, or podman unshare if the mount is for podman",
+        )
+
+
+def act_as_root(places: Places) -> None:
+    """For what needs to be root: a user becomes that in podman's namespaces, for whose podman the
+    command works then. Raises FirstByteError."""
+    if not rootless.is_outside():
+        return
+    named = read_storage_conf(find_storage_conf()).stores
+    for store in (places.podman_images, places.podman_layers):
+        if str(store) in named:  # no podman starts without, and the daemon is about to need one
+            make_directory(store)
+    rootless.enter()
 
 
 def chosen_config(root: Path | None, state: Path | None) -> Config:

@@ -14,19 +14,19 @@ from snapshotter.cli.connection import index_option, json_option, platform_optio
 from snapshotter.cli.mount import (
     absolute,
     absolute_layout,
+    act_as_root,
     ask_with_progress,
     chosen_config,
     places_of,
     places_options,
     progress_of,
-    require_root,
 )
 from snapshotter.daemon import client, protocol
 from snapshotter.podman.graph_root import GraphRoot
 from snapshotter.podman.storage_conf import (
-    DEFAULT_GRAPH_ROOT,
     find_storage_conf,
     read_storage_conf,
+    usual_graph_root,
 )
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def add(
     The image stays until firstbyte podman rm, across restarts. A tag that has moved since is
     followed when the command is repeated. A daemon is started if none runs.
     """
-    require_root()
+    act_as_root(places_of(root, state))
     request = protocol.PodmanAddRequest(
         reference=absolute_layout(reference),
         platform=platform or "",
@@ -85,8 +85,8 @@ def rm(images: tuple[str, ...], root: Path | None, state: Path | None) -> None:
 
     Fails for one that a container uses, a stopped one too, or that an image was built on.
     """
-    require_root()
     places = places_of(root, state)
+    act_as_root(places)
 
     async def run() -> None:
         for image in images:
@@ -104,8 +104,8 @@ def rm(images: tuple[str, ...], root: Path | None, state: Path | None) -> None:
 @json_option
 def ls(root: Path | None, state: Path | None, as_json: bool) -> None:
     """List what is in the store, and how much of it is on this node."""
-    require_root()
     places = places_of(root, state)
+    act_as_root(places)
     reply = trio.run(partial(client.ask, places, protocol.StatusRequest(), start=None))
     assert reply is None or isinstance(reply, protocol.Status)
     images = _unserved(places) if reply is None else reply.podman
@@ -120,7 +120,7 @@ def ls(root: Path | None, state: Path | None, as_json: bool) -> None:
 def _graph_roots() -> list[str]:
     """Where podman keeps its containers, as the one that asks has it."""
     configured = read_storage_conf(find_storage_conf()).graph_root
-    return sorted({str(DEFAULT_GRAPH_ROOT), str(configured)})
+    return sorted({str(usual_graph_root()), str(configured)})
 
 
 def _unserved(places: Places) -> list[protocol.PodmanImage]:

@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 from snapshotter.cli.connection import json_option
-from snapshotter.cli.mount import chosen_config, places_options, require_root
+from snapshotter.cli.mount import act_as_root, chosen_config, places_options
 from snapshotter.cli.progress import mb
 from snapshotter.daemon import client, protocol
 from snapshotter.daemon.places import Places
@@ -42,9 +42,9 @@ def gc(
     What is in use stays: images that are mounted or that containerd has, and what the kernel reads.
     The daemon does the same by itself when room is needed.
     """
-    require_root()
     config = chosen_config(root, state)
     places = Places(config.root, config.state)
+    act_as_root(places)
     request = protocol.CollectRequest(everything=everything, dry_run=dry_run)
     reply = trio.run(partial(client.ask, places, request, start=None))
     if reply is None:
@@ -75,9 +75,9 @@ def df(layers: bool, root: Path | None, state: Path | None, as_json: bool) -> No
     SIZE is what an image has when all of it is here, LOCAL how much of that is. Of what it takes on
     disk, other images have SHARED, too; EXCLUSIVE goes with it.
     """
-    require_root()
     config = chosen_config(root, state)
     places = Places(config.root, config.state)
+    act_as_root(places)
     reply = trio.run(partial(client.ask, places, protocol.DiskUsageRequest(), start=None))
     if reply is None:
         from snapshotter.daemon import offline

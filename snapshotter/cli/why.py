@@ -14,7 +14,7 @@ import trio
 from index.extents import FileExtents
 from index.file import FileIndex
 from snapshotter.cli.connection import json_option
-from snapshotter.cli.mount import places_of, places_options, require_root
+from snapshotter.cli.mount import act_as_root, places_of, places_options
 from snapshotter.cli.start_report import lines, report
 from snapshotter.cli.start_timeline import draw
 from snapshotter.daemon import client, protocol
@@ -39,8 +39,8 @@ def why(image: str, svg: Path | None, root: Path | None, state: Path | None, as_
     meanwhile, and what was fetched in vain. IMAGE is a reference or a digest of an image that is
     open, DIR where one is mounted. The daemon records the first five minutes after it was opened.
     """
-    require_root()
     places = places_of(root, state)
+    act_as_root(places)
     name = os.path.realpath(image) if Path(image).is_dir() else image
     reply = trio.run(partial(client.ask, places, protocol.WhyRequest(name), start=None))
     if reply is None:

@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
@@ -28,7 +28,11 @@ from snapshotter.daemon.config_check import (
 )
 from snapshotter.daemon.errors import ConfigError
 from snapshotter.daemon.places import Places
+from snapshotter.podman import rootless
 from snapshotter.store.space import Amount, Bounds
+
+if TYPE_CHECKING:
+    from snapshotter.podman.rootless import User
 
 DEFAULT_CONFIG = Path("/etc/firstbyte/config.toml")
 DEFAULT_ROOT = Path("/var/lib/firstbyte")
@@ -264,26 +268,42 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.address or self.state / SOCKET_NAME
 
 
+def usual_file() -> Path:
+    """Where a configuration is looked for: a user's own, where that user's podman is served."""
+    user = rootless.user()
+    return user.config / "firstbyte/config.toml" if user else DEFAULT_CONFIG
+
+
 def load(path: Path | None) -> Config:
     """The configuration in a file; None is the usual place, where it may be missing.
 
     Raises ConfigError.
     """
-    name = path or DEFAULT_CONFIG
+    return _load(path or usual_file(), rootless.user(), may_miss=path is None)
+
+
+def load_system() -> Config:
+    """The configuration of the machine's daemon, whoever asks. Raises ConfigError."""
+    return _load(DEFAULT_CONFIG, None, may_miss=True)
+
+
+def _load(path: Path, user: User | None, *, may_miss: bool) -> Config:
     try:
-        with name.open("rb") as file:
+        with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
-        if path is None:
-            return Config()
-        raise ConfigError(f"{path} does not exist") from error
+        if not may_miss:
+            raise ConfigError(f"{path} does not exist") from error
+        text = b""
     except OSError as error:
-        raise ConfigError(f"cannot read {name}: {error.strerror}") from error
-    return parse(text, str(name))
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    return parse(text, str(path), user)
 
 
-def parse(text: bytes, name: str) -> Config:
-    """Read a configuration; `name` is what errors call it. Raises ConfigError."""
+def parse(text: bytes, name: str, user: User | None = None) -> Config:
+    """Read a configuration; `name` is what errors call it, and `user` for whose podman it is, if it
+    is not the machine's. Raises ConfigError.
+    """
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{name} is no configuration: it has more than {MAX_BYTES >> 20} MiB")
     try:
@@ -298,6 +318,8 @@ def parse(text: bytes, name: str) -> Config:
         place, wrong = syntax_problem(error)
         where = f"{name}, {place}" if place else name
         raise ConfigError(f"{where}: {wrong.words}", hint=wrong.hint) from error
+    if user is not None:
+        _set_defaults_of(user, data)
     problem = first_problem(data, Config)
     if problem is None:
         config = msgspec.convert(data, Config, dec_hook=_decode_path)
@@ -310,6 +332,16 @@ def parse(text: bytes, name: str) -> Config:
         f"{where}: {shorten(dotted(problem.place))}: {problem.wrong.words}",
         hint=problem.wrong.hint,
     )
+
+
+def _set_defaults_of(user: User, data: dict[str, Any]) -> None:
+    """What is elsewhere without root: directories, and the file with podman's mirrors."""
+    data.setdefault("root", str(user.data / "firstbyte"))
+    data.setdefault("state", str(user.runtime / "firstbyte"))
+    mirrors = user.config / "containers/registries.conf"
+    registry = data.setdefault("registry", {})
+    if isinstance(registry, dict) and mirrors.exists():
+        registry.setdefault("registries_conf", str(mirrors))
 
 
 def encode(config: Config) -> str:

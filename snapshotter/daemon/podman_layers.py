@@ -20,6 +20,7 @@ import trio
 
 from index.erofs.reader import Image as Tree
 from index.errors import FirstByteError, IntegrityError
+from index.layertree import OPAQUE, USER_OPAQUE
 from index.tables import Codec
 from snapshotter.fuse.flat import FlatFile
 from snapshotter.fuse.view import MAX_SLOT, View
@@ -28,9 +29,10 @@ from snapshotter.mounts import syscalls
 from snapshotter.mounts.errors import MountError
 from snapshotter.mounts.table import mount_at
 from snapshotter.nursery import open_nursery
+from snapshotter.podman import rootless
 from snapshotter.podman.held import HeldImages
 from snapshotter.podman.layer_store import LayerStoreView, encode_reference
-from snapshotter.podman.storage_conf import DEFAULT_GRAPH_ROOT, find_storage_conf, read_storage_conf
+from snapshotter.podman.storage_conf import find_storage_conf, read_storage_conf, usual_graph_root
 from snapshotter.podman.users import layers_below
 from snapshotter.podman.versions import may_answer_tables
 from snapshotter.registry.reading import read_blob
@@ -355,7 +357,8 @@ class PodmanLayers:
         paths = [self._trees / f"{digest}.{number}" for number in range(len(image.layers))]
         there = await trio.to_thread.run_sync(lambda: all(path.exists() for path in paths))
         if not there:
-            trees = await build_layer_trees(image.found.index, image.layers)
+            opaque = USER_OPAQUE if rootless.user() else OPAQUE
+            trees = await build_layer_trees(image.found.index, image.layers, opaque=opaque)
             for path, tree in zip(paths, trees, strict=True):
                 await trio.to_thread.run_sync(write_file, path, [tree])
         return paths
@@ -455,7 +458,7 @@ def _read(path: Path, offset: int, size: int) -> bytes:
 
 def _graph_roots() -> set[Path]:
     try:
-        return {DEFAULT_GRAPH_ROOT, read_storage_conf(find_storage_conf()).graph_root}
+        return {usual_graph_root(), read_storage_conf(find_storage_conf()).graph_root}
     except FirstByteError as error:
         log.warning("%s", error)
-        return {DEFAULT_GRAPH_ROOT}
+        return {usual_graph_root()}

@@ -20,10 +20,22 @@ _SHOWN = 5  # images that are not served; `firstbyte podman ls` has all
 
 
 @dataclass(frozen=True, slots=True)
+class Namespace:
+    """Where a user's podman works. `ids` counts its user IDs; `opens_fuse` says whether file
+    systems can be served in there; `shared` whether the daemon is in there, or None if none runs.
+    """
+
+    ids: int
+    opens_fuse: bool
+    shared: bool | None
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What is the case on a node. `conf` is a text if storage.conf cannot be read; `present` are
     those of the stores that it names that are there. `unserved` are images of the image store that
-    cannot be read, with the reason; a text says why that is unknown."""
+    cannot be read, with the reason; a text says why that is unknown. `namespace` is None for root's
+    podman, a text says why a user's cannot be entered."""
 
     podman: tuple[int, int] | None
     conf: StorageConf | str
@@ -32,11 +44,14 @@ class Facts:
     overlay_failure: str | None
     overlay_tried: bool
     unserved: Sequence[tuple[str, str]] | str
+    namespace: Namespace | str | None = None
 
 
 def examine(facts: Facts, image_store: Path, layer_store: Path) -> list[Finding]:
     """All that is to be said, in the order in which it is to be mended."""
     findings = [_judge_version(facts.podman)]
+    if facts.namespace is not None:
+        findings.append(_judge_namespace(facts.namespace))
     if isinstance(facts.conf, str):
         findings.append(problem("storage.conf", facts.conf, "repair it; podman needs it, too"))
         findings += [
@@ -45,7 +60,7 @@ def examine(facts: Facts, image_store: Path, layer_store: Path) -> list[Finding]
         ]
     else:
         conf = facts.conf
-        findings += _judge_conf(conf)
+        findings += _judge_conf(conf, of_user=facts.namespace is not None)
         findings += _judge_present(conf, facts.present, image_store, layer_store)
         findings.append(_judge_image_store(conf, image_store))
         findings.append(_judge_layer_store(conf, layer_store, facts.podman))
@@ -55,12 +70,6 @@ def examine(facts: Facts, image_store: Path, layer_store: Path) -> list[Finding]
     findings.append(judge_fuse(usable=facts.fuse))
     findings += _judge_images(facts.unserved)
     return findings
-
-
-def store_path(entry: str) -> str:
-    """The directory of an entry of additionallayerstores, which may end with an option."""
-    path, colon, _ = entry.rpartition(":")
-    return path if colon else entry
 
 
 def _judge_version(version: tuple[int, int] | None) -> Finding:
@@ -78,14 +87,39 @@ def _judge_version(version: tuple[int, int] | None) -> Finding:
     return ok(check, f"version {version[0]}.{version[1]} can use {doors}")
 
 
-def _judge_conf(conf: StorageConf) -> list[Finding]:
+def _judge_namespace(namespace: Namespace | str) -> Finding:
+    """Can a user's podman and daemon see the same mounts?"""
+    check = "rootless"
+    if isinstance(namespace, str):
+        return problem(check, namespace, "podman info has to work without root first")
+    if not namespace.opens_fuse:
+        return problem(
+            check, "users may not open /dev/fuse", "chmod 666 /dev/fuse, as udev does it"
+        )
+    if namespace.shared is False:
+        return problem(
+            check,
+            "podman has a new namespace, and does not see what the daemon mounts",
+            "firstbyte daemon --replace, or systemctl --user restart firstbyte",
+        )
+    if namespace.ids == 1:
+        return warning(
+            check,
+            "there is one user ID: files of others in images are nobody's",
+            "usermod --add-subuids and --add-subgids, then podman system migrate",
+        )
+    return ok(check, f"podman has {namespace.ids} user IDs; the daemon serves images in mode fuse")
+
+
+def _judge_conf(conf: StorageConf, *, of_user: bool) -> list[Finding]:
     check = "storage.conf"
     if conf.path is None:
         return [
             problem(
                 check,
                 "there is none: podman looks into no store but its own",
-                "make /etc/containers/storage.conf, as in docs/podman.md",
+                f"make {'~/.config' if of_user else '/etc'}/containers/storage.conf, as in "
+                "docs/podman.md",
             )
         ]
     if conf.driver not in ("", "overlay"):
@@ -93,6 +127,14 @@ def _judge_conf(conf: StorageConf) -> list[Finding]:
             problem(
                 check,
                 f"{conf.path} has the driver {conf.driver}",
+                'the stores work with overlay alone: driver = "overlay"',
+            )
+        ]
+    if of_user and not conf.driver:
+        return [
+            problem(
+                check,
+                f"{conf.path} names no driver, and podman may take vfs without root",
                 'the stores work with overlay alone: driver = "overlay"',
             )
         ]
@@ -104,10 +146,9 @@ def _judge_present(
 ) -> list[Finding]:
     """A store that is missing keeps podman from doing anything at all."""
     check = "stores"
-    named = [*conf.image_stores, *map(store_path, conf.layer_stores)]
-    missing = [path for path in named if path not in present]
+    missing = [path for path in conf.stores if path not in present]
     if not missing:
-        return [ok(check, f"{len(named)} stores are named, and all are there")]
+        return [ok(check, f"{len(conf.stores)} stores are named, and all are there")]
     ours = (str(image_store), str(layer_store))
     return [
         problem(

@@ -43,7 +43,8 @@ def open_device() -> int:
     try:
         return os.open(_PATH, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except PermissionError as error:
-        raise MountError(f"no permission to open {_PATH}", hint="run this as root") from error
+        hint = "run this as root" if os.geteuid() else f"chmod 666 {_PATH}, as udev does it"
+        raise MountError(f"no permission to open {_PATH}", hint=hint) from error
     except OSError as error:
         raise MountError(
             f"cannot open {_PATH}: {error.strerror}",

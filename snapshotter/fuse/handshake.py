@@ -185,6 +185,11 @@ def refuse_async_direct(reply: InitReply) -> InitReply:
     return replace(reply, flags=reply.flags ^ reply.flags & InitFlag.ASYNC_DIO)
 
 
+def allow_background(reply: InitReply, most: int) -> InitReply:
+    """The reply by which the kernel may have so many requests in flight that nobody waits for."""
+    return replace(reply, max_background=most, congestion_threshold=most * 3 // 4)
+
+
 def cache_symlinks(reply: InitReply, request: InitRequest) -> InitReply:
     """The reply that also lets the kernel remember targets of symlinks, if it has offered to."""
     return replace(reply, flags=reply.flags | request.flags & InitFlag.CACHE_SYMLINKS)

@@ -20,8 +20,7 @@ import logging
 import os
 import select
 import socket
-import tempfile
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +38,7 @@ from snapshotter.mounts.syscalls import MountFlag
 from snapshotter.mounts.table import mount_at
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
     from snapshotter.fuse.handshake import InitReply, InitRequest
     from snapshotter.fuse.operations import Operations
@@ -137,6 +136,7 @@ async def serve(
             _ask_again(connection.device)
         else:
             reply = handshake.refuse_async_direct(handshake.allow_idmap(reply, request))
+            reply = handshake.allow_background(reply, _MAX_BACKGROUND)
             _accept(connection.device, handshake.cache_symlinks(reply, request))
         answers = Answers(operations.views, operations.failures, request)
         relay = Relay(connection.device, library, answers, operations.views, operations.failures)
@@ -241,7 +241,8 @@ def _read_request(device: int) -> bytes:
 
 
 def _tune(mountpoint: Path) -> None:
-    """Raise the kernel's limits for this mount. Where they cannot be written, it is only slower."""
+    """Raise the kernel's read-ahead for this mount, which is only slower without: it takes the
+    machine's root."""
     entry = mount_at(mountpoint)
     if entry is None:
         return
@@ -249,24 +250,5 @@ def _tune(mountpoint: Path) -> None:
     try:
         read_ahead = Path(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb")
         read_ahead.write_text(str(_READ_AHEAD_KIB))
-        with _fuse_control() as connections:
-            connection = connections / str(minor)
-            (connection / "max_background").write_text(str(_MAX_BACKGROUND))
-            (connection / "congestion_threshold").write_text(str(_MAX_BACKGROUND * 3 // 4))
-    except (OSError, MountError) as error:
-        log.warning("reads will be slower, the kernel's limits stay as they are: %s", error)
-
-
-@contextmanager
-def _fuse_control() -> Iterator[Path]:
-    """Where the kernel's FUSE connections are shown, mounted for the moment if it is nowhere."""
-    usual = Path("/sys/fs/fuse/connections")
-    if any(usual.iterdir()):
-        yield usual
-        return
-    with tempfile.TemporaryDirectory(prefix="firstbyte-") as folder:
-        syscalls.mount("fusectl", Path(folder), "fusectl", MountFlag(0))
-        try:
-            yield Path(folder)
-        finally:
-            syscalls.unmount(Path(folder))
+    except OSError as error:
+        log.info("the kernel's read-ahead stays as it is: %s", error)

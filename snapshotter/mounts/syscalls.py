@@ -234,9 +234,9 @@ def _mount(what: str, source: str, target: Path, kind: str, flags: MountFlag, op
 
 def _explain(what: str, target: Path | str, kind: str, number: int) -> MountError:
     if number in (errno.EPERM, errno.EACCES):
-        return MountError(
-            f"no permission to {what} {target}", hint="run this as root", errno=number
-        )
+        # Root of a user namespace may mount some file systems, and nothing that reads disks.
+        hint = "run this as root" if os.geteuid() else "that takes the machine's root"
+        return MountError(f"no permission to {what} {target}", hint=hint, errno=number)
     if number == errno.EBUSY:
         return MountBusyError(
             f"{target} is in use",

@@ -36,9 +36,9 @@ def users_of(link: str, graph_roots: Iterable[Path]) -> list[str]:
         for layer in _layers_upon(link, root):
             known.add(os.fsencode(root / DRIVER / layer / "merged"))
             found[_name_of(layer, root)] = None
-    for point in _mounts_of(link):
-        if point not in known:
-            found[f"the mount at {os.fsdecode(point)}"] = None
+    for points in _mounts_of(link):
+        if known.isdisjoint(points):
+            found[f"the mount at {os.fsdecode(min(points))}"] = None
     return list(found)
 
 
@@ -67,10 +67,12 @@ def _name_of(layer: str, root: Path) -> str:
     return f"layer {layer[:12]}"
 
 
-def _mounts_of(link: str) -> Iterator[bytes]:
-    """Where overlays upon the layer are mounted, in any mount namespace of the machine."""
+def _mounts_of(link: str) -> Iterable[set[bytes]]:
+    """Where each overlay upon the layer is mounted, in any mount namespace of the machine. (A
+    container has it at "/".)"""
     wanted = f"l/{link}".encode()
     seen: set[str] = set()
+    found: dict[tuple[int, int], set[bytes]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             namespace = _namespace(folder)
@@ -82,7 +84,8 @@ def _mounts_of(link: str) -> Iterator[bytes]:
             continue
         for entry in table:
             if entry.kind == b"overlay" and any(wanted in one for one in entry.super_options):
-                yield entry.point
+                found.setdefault(entry.device, set()).add(entry.point)
+    return found.values()
 
 
 def _namespace(process: Path) -> str:

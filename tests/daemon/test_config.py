@@ -28,6 +28,7 @@ from snapshotter.daemon.config import (
 )
 from snapshotter.daemon.config_check import keys, line_of
 from snapshotter.daemon.errors import ConfigError
+from snapshotter.podman.rootless import User
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -316,6 +317,21 @@ def test_only_the_usual_file_may_be_missing(
     (tmp_path / "config.toml").write_text("root = 3")
     with pytest.raises(ConfigError, match=r"/config\.toml, line 1: root"):
         load(None)
+
+
+def test_a_user_without_root_has_other_places(tmp_path: Path) -> None:
+    user = User(1000, tmp_path / "data", tmp_path / "config", tmp_path / "run")
+    found = parse(b"", "", user)
+    assert (found.root, found.state) == (tmp_path / "data/firstbyte", tmp_path / "run/firstbyte")
+    assert found.registry == RegistryConfig()
+    mirrors = tmp_path / "config/containers/registries.conf"
+    mirrors.parent.mkdir(parents=True)
+    mirrors.touch()
+    assert parse(b"", "", user).registry.registries_conf == mirrors
+    named = parse(b'root = "/r"\n[registry]\nregistries_conf = "/m"', "", user)
+    assert (named.root, named.registry.registries_conf) == (Path("/r"), Path("/m"))
+    with pytest.raises(ConfigError, match="expected a table"):
+        parse(b"registry = 1", "", user)
 
 
 # --- the command, and what is made from the structs ---

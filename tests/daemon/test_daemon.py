@@ -141,10 +141,13 @@ def test_not_root_is_one_line(node: Instance, layout: str) -> None:
     done = as_nobody(
         "main.main(sys.argv[1:])",
         *node.command("mount", layout, node.base)[3:],
-        imports="import sys; from snapshotter.cli import main, mount",
+        imports="import os, sys; from snapshotter.cli import main, mount; os.environ['HOME'] = '/'",
     )
     assert done.returncode == 1
-    assert done.stderr == "firstbyte: images are mounted by root alone: use sudo\n"
+    assert done.stderr == (
+        "firstbyte: images are mounted by root alone: use sudo, or podman unshare if the mount is "
+        "for podman\n"
+    )
 
 
 def test_the_socket_is_for_its_owner_alone(node: Instance) -> None:

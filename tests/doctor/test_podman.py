@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from snapshotter.doctor.podman import Facts, examine
+from snapshotter.doctor.podman import Facts, Namespace, examine
 from snapshotter.podman.storage_conf import StorageConf, StorageConfError, read_storage_conf
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def look(
     conf: StorageConf | str | None = None,
     present: tuple[str, ...] = (str(IMAGES), str(LAYERS)),
     unserved: list[tuple[str, str]] | str | None = None,
+    namespace: Namespace | str | None = None,
 ) -> dict[str, Finding]:
     facts = Facts(
         podman=podman,
@@ -32,6 +33,7 @@ def look(
         overlay_failure=None,
         overlay_tried=True,
         unserved=[] if unserved is None else unserved,
+        namespace=namespace,
     )
     return {finding.check: finding for finding in examine(facts, IMAGES, LAYERS)}
 
@@ -102,6 +104,33 @@ def test_images_that_cannot_be_run() -> None:
     assert look(unserved="no daemon runs")["images"].state.value == "problem"
     found = look(unserved=[("registry.example/app:1", "it is gone")])["images"]
     assert found.mend == "try: firstbyte podman add registry.example/app:1"
+
+
+@pytest.mark.parametrize(
+    ("namespace", "state", "words"),
+    [
+        (Namespace(65_537, opens_fuse=True, shared=True), "ok", "65537 user IDs"),
+        (Namespace(65_537, opens_fuse=True, shared=None), "ok", "mode fuse"),
+        (Namespace(65_537, opens_fuse=True, shared=False), "problem", "a new namespace"),
+        (Namespace(65_537, opens_fuse=False, shared=True), "problem", "/dev/fuse"),
+        (Namespace(1, opens_fuse=True, shared=True), "warning", "one user ID"),
+        ("there is no podman", "problem", "there is no podman"),
+    ],
+)
+def test_what_podman_without_root_works_in(
+    namespace: Namespace | str, state: str, words: str
+) -> None:
+    found = look(namespace=namespace)["rootless"]
+    assert found.state.value == state
+    assert words in found.found
+
+
+def test_without_root_the_driver_has_to_be_named() -> None:
+    unnamed = StorageConf(CONF, image_stores=(str(IMAGES),))
+    assert look(conf=unnamed)["storage.conf"].state.value == "ok"
+    inside = Namespace(65_537, opens_fuse=True, shared=True)
+    assert look(conf=unnamed, namespace=inside)["storage.conf"].state.value == "problem"
+    assert "~/.config" in look(conf=StorageConf(None), namespace=inside)["storage.conf"].mend
 
 
 def test_storage_conf_is_read_as_podman_reads_it(tmp_path: Path) -> None:

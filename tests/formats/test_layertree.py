@@ -17,7 +17,7 @@ from index.erofs.reader import Image
 from index.erofs.validate import validate
 from index.erofs.writer import write
 from index.errors import TarError
-from index.layertree import layer_trees
+from index.layertree import USER_OPAQUE, layer_trees
 from index.merge import Merger
 from index.tree import Node, walk
 from tests.support.awkward import awkward_layers, layers_beyond_umoci
@@ -66,6 +66,12 @@ def test_a_layer_has_what_it_wrote_and_the_directories_on_the_way() -> None:
     assert (upper[b"/d"].mode, upper[b"/d"].uid) == (stat.S_IFDIR | 0o700, 5)
     assert (upper[b"/d"].nlink, upper[b"/d/e"].nlink) == (3, 2)
     assert not any(is_opaque(node) for node in upper.values())
+
+
+def test_opaque_directories_are_marked_for_who_mounts() -> None:
+    layers = [[file(b"d/old", b"1")], [opaque(b"d"), file(b"d/new", b"2")]]
+    *_, upper = layer_trees((scan(tar(*members)) for members in layers), USER_OPAQUE)
+    assert dict(walk(upper))[b"/d"].xattrs == {b"user.overlay.opaque": b"y"}
 
 
 def test_an_empty_layer_has_a_root_with_the_metadata_of_the_merged_one() -> None:

@@ -14,6 +14,7 @@ from snapshotter.fuse.handshake import (
     InitFlag,
     InitReply,
     InitRequest,
+    allow_background,
     allow_idmap,
     cache_symlinks,
     parse_reply,
@@ -120,6 +121,17 @@ def test_direct_reads_send_one_request_at_a_time_and_nothing_else_changes(reply:
     assert InitFlag.ASYNC_DIO not in refused.flags
     assert replace(refused, flags=reply.flags) == reply
     assert refused.flags | InitFlag.ASYNC_DIO == reply.flags | InitFlag.ASYNC_DIO
+
+
+@given(replies, st.integers(1, 2**16 - 1))
+def test_more_may_be_in_flight_and_nothing_else_changes(reply: InitReply, most: int) -> None:
+    allowed = parse_reply(allow_background(reply, most).pack())
+    assert allowed.max_background == most >= allowed.congestion_threshold
+    assert reply == replace(
+        allowed,
+        max_background=reply.max_background,
+        congestion_threshold=reply.congestion_threshold,
+    )
 
 
 @given(replies, requests)

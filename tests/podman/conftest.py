@@ -11,7 +11,7 @@ from tests.support.layouts import write_layout
 from tests.support.podman import VERSIONS, Podman, Version, podman
 from tests.support.registry import RunningRegistry, docker_registry, skopeo_push
 from tests.support.rootfs import as_layer, make_rootfs
-from tests.support.tars import directory, file, tar, whiteout
+from tests.support.tars import directory, file, opaque, tar, whiteout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,9 +54,13 @@ def app(make_image: Callable[..., str]) -> str:
     """An image of three layers: what the second brings, the third replaces or deletes."""
     return make_image(
         "app",
-        tar(directory(b"srv"), file(b"srv/gone", b"gone"), file(b"etc/name", b"second\n")),
         tar(
-            whiteout(b"srv/gone"), file(b"etc/name", b"third\n"), file(b"srv/big", b"b" * 3_000_000)
+            *(directory(b"srv"), file(b"srv/gone", b"gone"), file(b"etc/name", b"second\n")),
+            *(directory(b"opt"), file(b"opt/old", b"old")),
+        ),
+        tar(
+            *(whiteout(b"srv/gone"), file(b"etc/name", b"third\n")),
+            *(file(b"srv/big", b"b" * 3_000_000), opaque(b"opt"), file(b"opt/new", b"new")),
         ),
     )
 

@@ -87,6 +87,7 @@ def test_everything_is_where_it_is_looked_for(dest: Path) -> None:
         "usr/local/lib/firstbyte/installed",
         "usr/local/lib/systemd/system/firstbyte.service",
         "usr/local/lib/systemd/system/firstbyte.socket",
+        "usr/local/lib/systemd/user/firstbyte.service",
         "usr/local/lib/tmpfiles.d/firstbyte.conf",
         f"{share}/bash-completion/completions/firstbyte",
         f"{share}/fish/vendor_completions.d/firstbyte.fish",
@@ -209,10 +210,23 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
     for unit in units:
         text = (UNITS / unit.name).read_text()
         unit.write_text(text.replace("/usr/local/bin/firstbyte", "/bin/true"))
-    verify = ["systemd-analyze", "verify", "--man=no", *units]
+    assert complaints(*units) == []
+
+
+def test_systemd_takes_the_unit_of_a_user(tmp_path: Path) -> None:
+    unit = tmp_path / "firstbyte.service"
+    text = (UNITS / "user/firstbyte.service").read_text()
+    unit.write_text(text.replace("/usr/local/bin/firstbyte", "/bin/true"))
+    assert complaints("--user", unit) == []
+    assert re.findall(rf"^(?:{PRIVATE_MOUNTS}|NoNewPrivileges)=", text, re.MULTILINE) == []
+
+
+def complaints(*arguments: str | Path) -> list[str]:
+    """What `systemd-analyze verify` has against units."""
+    verify = ["systemd-analyze", "verify", "--man=no", *arguments]
     done = subprocess.run(verify, capture_output=True, text=True, timeout=SECONDS, check=True)
     said = [line for line in done.stderr.splitlines() if "firstbyte" in line]
-    assert [line for line in said if "'FileDescriptorStorePreserve'" not in line] == []
+    return [line for line in said if "'FileDescriptorStorePreserve'" not in line]
 
 
 def test_the_unit_is_hardened() -> None:

@@ -136,12 +136,7 @@ class Instance:
 
     def answers(self, process: subprocess.Popen[bytes]) -> bool:
         """Whether it greets at the control socket. (`firstbyte status` takes 0.2 s of a core.)"""
-        with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
-            connection.settimeout(WAIT_SECONDS)
-            connection.connect(str(self.state / "firstbyte-control.sock"))
-            greeting = connection.makefile().readline()
-            return bool(greeting and json.loads(greeting)["pid"] == process.pid)
-        return False
+        return greeter(self.state) == process.pid
 
     def holders(self) -> list[int]:
         """The processes that hold descriptors for this instance's daemons."""
@@ -182,6 +177,16 @@ class Instance:
 
     def has_daemon(self) -> bool:
         return bool(self._daemons())
+
+
+def greeter(state: Path) -> int:
+    """The process of the daemon that greets at the control socket, or 0 if none does."""
+    with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
+        connection.settimeout(WAIT_SECONDS)
+        connection.connect(str(state / "firstbyte-control.sock"))
+        greeting = connection.makefile().readline()
+        return int(json.loads(greeting)["pid"]) if greeting else 0
+    return 0
 
 
 def _target(link: Path) -> bytes:

@@ -57,21 +57,24 @@ class Podman:
         container = _CONTAINER if command in _WITH_CONTAINER else ()
         words = [*_GLOBAL, command, *container, *map(str, arguments)]
         (self.base / "tmp").mkdir(exist_ok=True)
-        environment = os.environ | {
+        return subprocess.Popen(
+            [*self._prefix, "podman", *words],
+            env=self.environment(),
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def environment(self) -> dict[str, str]:
+        return os.environ | {
             "CONTAINERS_STORAGE_CONF": str(self.base / "storage.conf"),
             "CONTAINERS_REGISTRIES_CONF": str(self.base / "registries.conf"),
             "PODMAN_IGNORE_CGROUPSV1_WARNING": "1",
             "TMPDIR": str(self.base / "tmp"),
             "HOME": str(self.base),
         }
-        return subprocess.Popen(
-            [*self._prefix, "podman", *words],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
 
     def run(self, command: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         with self.start(command, *arguments) as process:

@@ -1,0 +1,119 @@
+"""podman without root: the daemon runs as the user, in the namespaces of the user's podman."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.rootless import Somebody, somebody
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.support.registry import RunningRegistry
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def user(registry: RunningRegistry) -> Iterator[Somebody]:
+    with somebody(registry.host) as made:
+        made.start()  # which makes podman's namespaces
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(user: Somebody) -> Iterator[None]:
+    yield
+    user.podman.reset()
+    for image in json.loads(user.succeed("podman", "ls", "--json")):
+        user.succeed("podman", "rm", image["id"])
+
+
+def counts(user: Somebody) -> list[list[int]]:
+    held = json.loads((user.root / "podman/layers.json").read_bytes())
+    return [image["counts"] for image in held["images"]]
+
+
+def unpulled(user: Somebody) -> int:
+    """How many layers podman has not stored itself."""
+    layers = (user.podman.graph_root / "overlay").iterdir()
+    return sum((layer / "diff").is_symlink() for layer in layers)
+
+
+def test_a_user_runs_what_nobody_pulled(user: Somebody, app: str) -> None:
+    assert user.succeed("podman", "add", app).startswith(f"podman can run {app} (")
+    run, podman = ("run", "-d", "--name", "one", app, "/bin/sleep", "infinity"), user.podman
+    podman.succeed(*run)
+    assert podman.images()[app]["ReadOnly"]
+    assert podman.succeed("exec", "one", "/bin/cat", "/etc/name") == "third"
+    podman.succeed("exec", "one", "/bin/sh", "-c", "echo written > /etc/name")
+    podman.succeed("commit", "-q", "one", "localhost/committed:1")
+    assert podman.succeed("run", "--rm", "localhost/committed:1", "/bin/cat", "/etc/name") == (
+        "written"
+    )
+    refusal = user.fail("podman", "rm", app)
+    assert "container one" in refusal
+    assert "image localhost/committed:1" in refusal
+    assert "the mount" not in refusal
+    podman.reset()
+    user.succeed("podman", "rm", app)
+    assert app not in podman.images()
+
+
+def test_containers_outlive_the_daemon(user: Somebody, app: str) -> None:
+    user.succeed("podman", "add", app)
+    user.podman.succeed("run", "-d", "--name", "lives", app, "/bin/sleep", "infinity")
+    os.kill(user.daemon, signal.SIGKILL)
+    with user.podman.start("exec", "lives", "/bin/ls", "/srv") as waiting:
+        user.start()
+        assert waiting.communicate(timeout=60)[0] == "big\n"
+    assert user.podman.succeed("run", "--rm", app) == "third"
+
+
+def test_a_pull_downloads_no_layer(user: Somebody, app: str) -> None:
+    """And overlayfs heeds what its layers hide, by attributes that a user may set."""
+    user.podman.succeed("pull", "-q", app)
+    assert unpulled(user) == 3
+    assert counts(user) == [[1, 1, 1]]
+    assert user.podman.succeed("run", "--rm", app, "/bin/ls", "/srv", "/opt").split() == [
+        *("/opt:", "new"),
+        *("/srv:", "big"),
+    ]
+    user.podman.succeed("rmi", app)
+    assert counts(user) == [[0, 0, 0]]
+
+
+def test_mounts_are_for_podman_alone(user: Somebody, app: str) -> None:
+    target = user.home / "tree"
+    assert "podman unshare if the mount is for podman" in user.fail("mount", app, target)
+    user.podman.succeed("unshare", "mkdir", target)
+    assert user.unshare("mount", app, target).stdout.startswith("mounted ")
+    rootfs = ("run", "--rm", "--rootfs", f"{target}:O", "/bin/cat", "/etc/name")
+    assert user.podman.succeed(*rootfs) == "third"
+    assert not (target / "etc").exists()
+    user.unshare("umount", target)
+
+
+def test_the_doctor_knows_the_user(user: Somebody) -> None:
+    found = user.succeed("doctor", "podman")
+    assert "ok: rootless: podman has 65537 user IDs" in found
+    assert "problem" not in found
+    assert "warning" not in found
+
+
+def test_a_daemon_follows_podman_to_new_namespaces(user: Somebody, app: str) -> None:
+    """As `podman system migrate` makes them. A daemon that none was started for will do."""
+    user.podman.succeed("system", "migrate")
+    found = user.run("doctor", "podman").stdout
+    assert "podman has a new namespace, and does not see what the daemon mounts" in found
+    daemon = user.start("--replace")
+    assert "problem" not in user.succeed("doctor", "podman")
+    daemon.send_signal(signal.SIGINT)
+    daemon.wait(timeout=30)
+    user.succeed("podman", "add", app)
+    assert user.podman.succeed("run", "--rm", app) == "third"
