@@ -320,9 +320,12 @@ def test_only_the_usual_file_may_be_missing(
 
 
 def test_a_user_without_root_has_other_places(tmp_path: Path) -> None:
-    user = User(1000, tmp_path / "data", tmp_path / "config", tmp_path / "run")
+    user = User(1000, tmp_path / "data", tmp_path / "config", Path("/run/user/1000"))
     found = parse(b"", "", user)
-    assert (found.root, found.state) == (tmp_path / "data/firstbyte", tmp_path / "run/firstbyte")
+    assert (found.root, found.state) == (
+        tmp_path / "data/firstbyte",
+        Path("/run/user/1000/firstbyte"),
+    )
     assert found.registry == RegistryConfig()
     mirrors = tmp_path / "config/containers/registries.conf"
     mirrors.parent.mkdir(parents=True)
