@@ -3,9 +3,9 @@
 What is not answered here (None) is for pyfuse3, that is `operations`: requests that are rare, and
 all about slots that no `View` has.
 
-Everything is stateless: an inode number tells view and nid, and there are no handles. A process
-that takes the mount over can therefore answer for inodes that it never gave out, and FORGET needs
-no bookkeeping because nothing is remembered.
+An inode number tells view and nid, and there are no handles. A process that takes the mount over
+can therefore answer for inodes that it never gave out, and FORGET needs no bookkeeping. What is
+remembered (`names`) only saves time.
 
 Images never change, so every answer about them may be cached for ever, "no such name" too. Only
 the mount's own root changes, as views come and go; it is never cached.
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from index.erofs.reader import Inode
 from snapshotter.fuse import wire
 from snapshotter.fuse.handshake import InitFlag
+from snapshotter.fuse.names import Names
 from snapshotter.fuse.view import NID_BITS, NID_MASK, View, pack_inode
 from snapshotter.fuse.wire import FOR_EVER, ROOT, Listing, Opcode, OpenFlag
 
@@ -53,6 +54,7 @@ class Answers:
         self._views = views
         self._failures = failures
         self._in_slot = views.in_slot
+        self._names = Names()
         self._without_open = InitFlag.NO_OPEN_SUPPORT in request.flags
         self._without_opendir = InitFlag.NO_OPENDIR_SUPPORT in request.flags
         self._handlers: dict[int, Handler] = {
@@ -92,7 +94,7 @@ class Answers:
         if view is None:
             return None
         image = view.image
-        nid = image.lookup(parent & NID_MASK, name)
+        nid = self._names.lookup(image, parent, name)
         if nid is None:
             return wire.absent_reply(unique)
         number = pack_inode(view.slot, nid)

