@@ -28,6 +28,7 @@ from snapshotter.daemon.startups import Expected, Startups
 from snapshotter.fetch.startup import StartupRecorder
 from snapshotter.fetch.trace import StartTrace
 from snapshotter.images.prefix import build_prefix
+from snapshotter.nursery import open_nursery
 from snapshotter.store.collection import InUse
 
 if TYPE_CHECKING:
@@ -247,7 +248,8 @@ class Images:
         yet; `close_unused` closes what nobody has asked for meanwhile. `fill_restored` goes on with
         their downloads.
         """
-        for record in self._records.views:
+
+        async def restore_one(record: ViewRecord) -> None:
             try:
                 image = await self._reopen(
                     record.image, record.depth, plain_http=record.plain_http, fill=False
@@ -257,6 +259,11 @@ class Images:
             except FirstByteError as error:
                 log.error("an image that was shown is lost: %s", error)
                 await trio.to_thread.run_sync(self._records.close_view, record.names[0])
+
+        # Half of the time goes by in waits for threads, during which another one is opened.
+        async with open_nursery() as nursery:
+            for record in self._records.views:
+                nursery.start_soon(restore_one, record)
 
     async def settle(self) -> None:
         """To be called when the FUSE mount is served, before anything else asks it."""
