@@ -50,6 +50,7 @@ class InitFlag(enum.IntFlag):
 
     ASYNC_DIO = 1 << 15  # Linux 3.10
     NO_OPEN_SUPPORT = 1 << 17  # Linux 3.15
+    PARALLEL_DIROPS = 1 << 18  # Linux 4.7
     CACHE_SYMLINKS = 1 << 23  # Linux 4.20
     NO_OPENDIR_SUPPORT = 1 << 24  # Linux 5.1
     EXTENDED = 1 << 30  # FUSE_INIT_EXT, Linux 5.17
@@ -190,9 +191,14 @@ def allow_background(reply: InitReply, most: int) -> InitReply:
     return replace(reply, max_background=most, congestion_threshold=most * 3 // 4)
 
 
-def cache_symlinks(reply: InitReply, request: InitRequest) -> InitReply:
-    """The reply that also lets the kernel remember targets of symlinks, if it has offered to."""
-    return replace(reply, flags=reply.flags | request.flags & InitFlag.CACHE_SYMLINKS)
+def take_up(reply: InitReply, request: InitRequest) -> InitReply:
+    """The reply that also takes what the kernel offers, libfuse does not, and costs nothing here.
+
+    That is to remember targets of symlinks, and to look several names up in one directory at once.
+    Without the latter, who waits for the next one's answer cannot be killed (fuse_lock_inode).
+    """
+    taken = InitFlag.CACHE_SYMLINKS | InitFlag.PARALLEL_DIROPS
+    return replace(reply, flags=reply.flags | request.flags & taken)
 
 
 def _split(flags: InitFlag) -> tuple[int, int]:

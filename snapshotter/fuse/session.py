@@ -137,7 +137,7 @@ async def serve(
         else:
             reply = handshake.refuse_async_direct(handshake.allow_idmap(reply, request))
             reply = handshake.allow_background(reply, _MAX_BACKGROUND)
-            _accept(connection.device, handshake.cache_symlinks(reply, request))
+            _accept(connection.device, handshake.take_up(reply, request))
         answers = Answers(operations.views, operations.failures, request)
         relay = Relay(connection.device, library, answers, operations.views, operations.failures)
         await _answer(relay, mountpoint, task_status)

@@ -16,10 +16,10 @@ from snapshotter.fuse.handshake import (
     InitRequest,
     allow_background,
     allow_idmap,
-    cache_symlinks,
     parse_reply,
     parse_request,
     refuse_async_direct,
+    take_up,
 )
 
 # What Linux 6.18 says, and what libfuse 3.14 answered.
@@ -135,14 +135,16 @@ def test_more_may_be_in_flight_and_nothing_else_changes(reply: InitReply, most: 
 
 
 @given(replies, requests)
-def test_symlinks_are_remembered_if_offered_and_nothing_else_changes(
+def test_what_is_offered_and_costs_nothing_is_taken_and_nothing_else_changes(
     reply: InitReply, request: InitRequest
 ) -> None:
-    either = InitFlag.CACHE_SYMLINKS in reply.flags | request.flags
-    caching = parse_reply(cache_symlinks(reply, request).pack())
-    assert (InitFlag.CACHE_SYMLINKS in caching.flags) == either
-    assert replace(caching, flags=reply.flags) == reply
-    assert caching.flags | InitFlag.CACHE_SYMLINKS == reply.flags | InitFlag.CACHE_SYMLINKS
+    either = reply.flags | request.flags
+    taken = parse_reply(take_up(reply, request).pack())
+    for flag in (InitFlag.CACHE_SYMLINKS, InitFlag.PARALLEL_DIROPS):
+        assert (flag in taken.flags) == (flag in either)
+    assert replace(taken, flags=reply.flags) == reply
+    both = InitFlag.CACHE_SYMLINKS | InitFlag.PARALLEL_DIROPS
+    assert taken.flags | both == reply.flags | both
 
 
 @given(st.binary(max_size=120))
