@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from snapshotter.daemon.open_image import OpenImage
     from snapshotter.daemon.places import Places
     from snapshotter.daemon.protocol import Progress
-    from snapshotter.daemon.records import Records
+    from snapshotter.daemon.records import Records, ViewRecord
     from snapshotter.daemon.showing import Mode
     from snapshotter.fetch.scheduler import Scheduler
     from snapshotter.fetch.stats import FetchStats
