@@ -30,8 +30,8 @@ from snapshotter.registry.platform import Platform
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from snapshotter.daemon.protocol import Calls
     from snapshotter.demo.layout import Member
-    from snapshotter.demo.lazy import Calls
     from snapshotter.demo.workspace import Workspace
 
 _PACKAGES = ("base-files", "bash", "coreutils")
@@ -133,14 +133,15 @@ def _start(workspace: Workspace, name: str, reference: str, *, lazy: bool) -> St
         _run(workspace, task)
         ended = time.perf_counter()
         if node:
-            node.local_bytes()  # raises if it was not lazy
+            node.local()  # raises if it was not lazy
     except DemoError as error:
         if lazy:
             raise
         return Refused(error.hint or error.message)
     finally:
         task.stop()
-        calls = node.calls() if node else ()
+        asked = node.status().containerd if node else None
+        calls = asked.calls if asked else ()
         containerd.stop()
         if node:
             node.stop()

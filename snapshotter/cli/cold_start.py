@@ -13,7 +13,7 @@ from snapshotter.bench.coldstart import catalogue, report, results
 from snapshotter.bench.coldstart import concurrent as concurrency
 from snapshotter.bench.coldstart import fill as filling
 from snapshotter.bench.coldstart import update as updating
-from snapshotter.bench.coldstart.modes import OVERLAYFS, STANDARD, UNMODIFIED, Mode
+from snapshotter.bench.coldstart.modes import DEFAULT, OVERLAYFS, STANDARD, UNMODIFIED, Mode
 from snapshotter.bench.coldstart.run import Plan, run
 from snapshotter.bench.coldstart.session import open_session
 from snapshotter.bench.conditions import Conditions
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _ALL_LINKS = "standard"
 _DEFAULT_IMAGES = ("service",)
 _DEFAULT_LINK = "200mbit-20ms"
-_DEFAULT_MODES = tuple(mode.name for mode in STANDARD if not (mode.lazy and mode.local))
+_DEFAULT_MODES = tuple(mode.name for mode in DEFAULT)
 
 _list_option = click.option(
     "--images",

@@ -119,10 +119,10 @@ class Container:
         if self._process:
             # First runc itself, which may be about to make what is then removed.
             stop_group(self._process, signal.SIGKILL)
-            self._process = None
             delete = [*self._runc("delete"), "--force", self._id]
             self._workspace.run(delete, seconds=_RUNC_SECONDS)
             remove_cgroups(self._id)  # a runc killed at its very start made and did not note them
+            self._process = None  # not before: a signal may end this, and then it is called again
         with contextlib.suppress(MountPointError):
             unmount(self._directory / "bundle" / "rootfs", detach=True)
 
@@ -166,6 +166,13 @@ class Output:
             self._reader.join(_DRAIN_SECONDS)
         with self._changed:
             return "\n".join(list(self._lines)[-count:])
+
+
+def read_pid(path: Path) -> int | None:
+    """The process that a runtime has noted in a file; None before that."""
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or not written yet
+        return int(path.read_text())
+    return None
 
 
 def _specification(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-import msgspec
+import trio
 
+from snapshotter.daemon import client, protocol
 from snapshotter.daemon.config import SOCKET_NAME
 from snapshotter.daemon.places import Places
 from snapshotter.demo.errors import DemoError
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
     from snapshotter.demo.workspace import Workspace
 
+_T = TypeVar("_T")
+
 _FIRSTBYTE = (sys.executable, "-m", "snapshotter.cli.main")
 
 # Whatever is configured on this machine: nothing in the workspace is to meet it.
@@ -31,6 +36,12 @@ state = "{directory}/state"
 config_path = "{directory}/nothing"
 registries_conf = "{directory}/nothing"
 """
+# Less than that is free, so nothing comes in the background; what is read is kept.
+_FULL = """\
+[store]
+keep_free = "{free} B"
+"""
+_MARGIN = 1 << 30  # bytes that others may remove from the disk meanwhile
 
 _BUILD_SECONDS = 3600.0
 _START_SECONDS = 30.0
@@ -39,42 +50,11 @@ _COMMAND_SECONDS = 30.0
 _POLL_SECONDS = 0.05
 
 
-class _Image(msgspec.Struct, frozen=True):
-    """An image in `firstbyte status --json`, as far as it matters here."""
+class Local(NamedTuple):
+    """Bytes of images, unpacked, that are on a node, and all of them."""
 
-    local_bytes: int
-    total_bytes: int
-
-
-class Calls(msgspec.Struct, frozen=True):
-    """How often containerd's call `method` ended in one way, and the seconds it took in sum."""
-
-    method: str
-    count: int
-    seconds: float
-
-
-class _Fallback(msgspec.Struct, frozen=True):
-    """An image that containerd has pulled as without us, and why."""
-
-    reason: str
-
-
-class _ForContainerd(msgspec.Struct, frozen=True):
-    images: list[_Image]
-    fallbacks: list[_Fallback]
-    calls: list[Calls]
-
-
-class _Fetched(msgspec.Struct, frozen=True):
-    bytes: int
-
-
-class _Status(msgspec.Struct, frozen=True):
-    mounts: list[_Image]
-    podman: list[_Image]
-    containerd: _ForContainerd
-    fetched: dict[str, _Fetched]
+    here: int
+    total: int
 
 
 def build_index(workspace: Workspace, reference: str, profile: Path | None = None) -> None:
@@ -95,18 +75,22 @@ class Node:
     """An instance of FirstByte in the workspace, with nothing in its store yet.
 
     Its daemon runs from the end of the constructor until `stop`, as containerd does. `address` is
-    where it is containerd's snapshotter, `image_store` what podman may read. `name` must be new in
-    the workspace.
+    where it is containerd's snapshotter. `name` must be new in the workspace.
     """
 
-    def __init__(self, workspace: Workspace, name: str = "node") -> None:
+    def __init__(
+        self, workspace: Workspace, name: str = "node", *, background: bool = True
+    ) -> None:
+        """Without `background` only what is read is downloaded, as where the disk is full."""
         self._workspace = workspace
         directory = workspace.directory(name)
         self.places = places = Places(directory / "root", directory / "state")
         configuration = directory / "config.toml"
-        configuration.write_text(_CONFIGURATION.format(directory=directory))
+        text = _CONFIGURATION.format(directory=directory)
+        if not background:
+            text += _FULL.format(free=shutil.disk_usage(directory).free + _MARGIN)
+        configuration.write_text(text)
         self.address = places.state / SOCKET_NAME
-        self.image_store = places.podman_images
         self._options = ("--config", configuration)
         self._log = directory / "log"
         with self._log.open("wb") as log:
@@ -128,22 +112,25 @@ class Node:
         """Put an image into the image store."""
         self._firstbyte("podman", "add", reference, seconds=_MOUNT_SECONDS)
 
-    def local_bytes(self) -> tuple[int, int]:
-        """How much of its one image, unpacked, is on this machine, and how much there is.
+    def local(self) -> Local:
+        """How much of its images is on this machine.
 
-        Raises DemoError if there is none: containerd has pulled it as without FirstByte.
+        Raises DemoError if it has none: whoever pulled one has done so as without FirstByte.
         """
-        status = self._status()
-        for image in (*status.mounts, *status.podman, *status.containerd.images):
-            return image.local_bytes, image.total_bytes
-        reasons = [fallback.reason for fallback in status.containerd.fallbacks]
-        raise DemoError("no image is served lazily", hint="; ".join(reasons))
+        status = self.status()
+        containerd = status.containerd
+        images = [*status.mounts, *status.podman, *(containerd.images if containerd else ())]
+        if not images:
+            reasons = [fallback.reason for fallback in containerd.fallbacks] if containerd else []
+            raise DemoError("no image is served lazily", hint="; ".join(reasons))
+        return Local(
+            sum(image.local_bytes for image in images), sum(image.total_bytes for image in images)
+        )
 
     def needed_bytes(self) -> int:
         """What was fetched because somebody waited for it, or was about to, in compressed bytes."""
-        return sum(
-            fetched.bytes for cause, fetched in self._status().fetched.items() if cause != "fill"
-        )
+        fetched = self.status().fetched
+        return sum(cost.bytes for cause, cost in fetched.items() if cause != "fill")
 
     def export_profile(self, reference: str, target: Path) -> None:
         """Write what starts of an image have touched. Raises DemoError if none has settled yet."""
@@ -152,13 +139,13 @@ class Node:
             seconds=_COMMAND_SECONDS,
         )
 
-    def calls(self) -> list[Calls]:
-        """What containerd has asked of it so far."""
-        return self._status().containerd.calls
+    def status(self) -> protocol.Status:
+        """What it tells of itself. Raises DemoError if it does not run."""
+        return self._ask(protocol.StatusRequest(), protocol.Status)
 
-    def _status(self) -> _Status:
-        text = self._firstbyte("status", "--json", seconds=_COMMAND_SECONDS)
-        return msgspec.json.decode(text, type=_Status)
+    def disk_usage(self) -> protocol.DiskUsage:
+        """What takes how much of its store. Raises DemoError if it does not run."""
+        return self._ask(protocol.DiskUsageRequest(), protocol.DiskUsage)
 
     def unmount(self, directory: Path) -> None:
         """Take a mount down; fine if there is none."""
@@ -168,6 +155,13 @@ class Node:
     def stop(self) -> None:
         """End the daemon; nothing if it ended already."""
         stop_group(self._daemon, signal.SIGINT, signal.SIGKILL)  # SIGTERM would leave mounts
+
+    def _ask(self, request: protocol.Request, kind: type[_T]) -> _T:
+        # In this process: a command of its own would take part of what is measured.
+        reply = trio.run(partial(client.ask, self.places, request, start=None))
+        if not isinstance(reply, kind):
+            raise DemoError("firstbyte's daemon does not run", hint=self._log.read_text()[-500:])
+        return reply
 
     def _firstbyte(self, *words: str | Path, seconds: float) -> str:
         return self._workspace.run([*_FIRSTBYTE, *words, *self._options], seconds=seconds)

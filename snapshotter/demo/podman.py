@@ -1,4 +1,4 @@
-"""A podman of the demo's own: for the full pull, and with FirstByte's image store.
+"""A podman of the demo's own: for the full pull, and with FirstByte's stores.
 
 Everything that podman keeps is in the workspace, whatever other podman uses the machine. Sources:
 containers-storage.conf(5), containers.conf(5), podman-run(1).
@@ -13,9 +13,11 @@ import signal
 from typing import TYPE_CHECKING
 
 from snapshotter.demo.cgroups import remove_cgroups
-from snapshotter.demo.container import Output
+from snapshotter.demo.container import Output, read_pid
 from snapshotter.demo.errors import DemoError
-from snapshotter.demo.workspace import stop_group
+from snapshotter.demo.workspace import mounts_below, stop_group
+from snapshotter.mounts.errors import MountError
+from snapshotter.mounts.syscalls import unmount
 
 if TYPE_CHECKING:
     import subprocess
@@ -33,7 +35,8 @@ driver = "overlay"
 graphroot = {directory}/graph"
 runroot = {directory}/run"
 [storage.options]
-additionalimagestores = {stores}
+additionalimagestores = {image_stores}
+additionallayerstores = {layer_stores}
 """
 # Locks in files: those in shared memory are one set for all of the machine.
 _ENGINE = """\
@@ -54,8 +57,15 @@ _LIMITS = ["nofile=1024:1024", "nproc=1024:1024"]
 class Podman:
     """Has no image of its own yet. `name` must be new in the workspace."""
 
-    def __init__(self, workspace: Workspace, name: str, stores: Sequence[Path] = ()) -> None:
-        """`stores` are additional image stores."""
+    def __init__(
+        self,
+        workspace: Workspace,
+        name: str,
+        *,
+        image_stores: Sequence[Path] = (),
+        layer_stores: Sequence[Path] = (),
+    ) -> None:
+        """Both kinds of stores are additional ones, which have to be there."""
         self.workspace = workspace
         self.directory = workspace.directory(name)
         # Cgroups are the machine's: as unique as the workspace's directory.
@@ -63,7 +73,11 @@ class Podman:
         directory = json.dumps(str(self.directory))[:-1]  # a TOML string that goes on
         self._storage = self.directory / "storage.conf"
         self._storage.write_text(
-            _STORAGE.format(directory=directory, stores=json.dumps([str(path) for path in stores]))
+            _STORAGE.format(
+                directory=directory,
+                image_stores=json.dumps([str(path) for path in image_stores]),
+                layer_stores=json.dumps([f"{path}:ref" for path in layer_stores]),
+            )
         )
         self._engine = self.directory / "containers.conf"
         self._engine.write_text(_ENGINE.format(directory=directory, limits=json.dumps(_LIMITS)))
@@ -72,6 +86,21 @@ class Podman:
         """Pull an image of this machine's platform. Raises DemoError."""
         command = self.command("pull", "--quiet", "--tls-verify=false", reference)
         self.workspace.run(command, seconds=_PULL_SECONDS)
+
+    @property
+    def graph_root(self) -> Path:
+        """Where it keeps images and containers."""
+        return self.directory / "graph"
+
+    def unpulled(self) -> int:
+        """How many layers are in a layer store, and not in its own storage."""
+        return sum(path.is_symlink() for path in self.graph_root.glob("overlay/*/diff"))
+
+    def unmount(self) -> None:
+        """Undo what podman mounts and leaves: its storage, on itself. For after its containers."""
+        for point in mounts_below(self.directory):
+            with contextlib.suppress(MountError):
+                unmount(point, detach=True)
 
     def command(self, *arguments: str | Path) -> list[str | Path]:
         """A command line for this podman."""
@@ -83,18 +112,29 @@ class Podman:
 
 
 class PodmanContainer:
-    """One container of a podman, with the image's own command. `name` must be new in it."""
+    """One container of a podman; `name` must be new in it. It runs the image's own command, or
+    `command`, in the host's network, or in the network namespace at a path."""
 
-    def __init__(self, podman: Podman, name: str, reference: str) -> None:
+    def __init__(
+        self,
+        podman: Podman,
+        name: str,
+        reference: str,
+        *,
+        command: Sequence[str] = (),
+        network: Path | None = None,
+    ) -> None:
         self._podman = podman
         self._name = name
         self._reference = reference
+        self._command = command
+        self._network = network
         self._pid_file = podman.directory / f"{name}.pid"
         self._process: subprocess.Popen[bytes] | None = None
         self.output = Output()
 
     def start(self, environment: Mapping[str, str]) -> None:
-        """Start it in the host's network; `environment` goes before what the image sets."""
+        """Start it; `environment` goes before what the image sets."""
         podman = self._podman
         podman.workspace.defer(f"remove the container {self._name}", self.stop)
         command = podman.command(
@@ -103,8 +143,10 @@ class PodmanContainer:
             *("--name", self._name),
             *("--cgroup-parent", f"/{podman.cgroup}"),
             *("--pidfile", self._pid_file),
+            *((f"--network=ns:{self._network}",) if self._network else ()),
             *(f"--env={name}={value}" for name, value in environment.items()),
             self._reference,
+            *self._command,
         )
         reader, writer = os.pipe()
         try:
@@ -115,8 +157,12 @@ class PodmanContainer:
             self.output.follow(reader)
 
     def started(self) -> bool:
-        """Whether the workload was started. What is printed before is podman's complaint."""
-        return self._pid_file.exists()
+        """Whether podman has made the container. What is printed before is podman's complaint."""
+        return self.pid() is not None
+
+    def pid(self) -> int | None:
+        """The workload's process, once the container was made; its program may start later."""
+        return read_pid(self._pid_file)
 
     def exit_status(self) -> int | None:
         """The workload's exit status; None while it runs."""
@@ -127,8 +173,8 @@ class PodmanContainer:
         if not self._process:
             return
         stop_group(self._process, signal.SIGKILL)  # of podman: the container goes on
-        self._process = None
         remove = self._podman.command("rm", "--force", "--ignore", "--time=0", self._name)
         with contextlib.suppress(DemoError):  # what was just being made, the workspace ends
             self._podman.workspace.run(remove, seconds=_REMOVE_SECONDS)
         remove_cgroups(self._podman.cgroup)
+        self._process = None  # not before: a signal may end this, and then it is called again

@@ -186,7 +186,7 @@ class _Demo:
     def _wait_local(self, node: Node, started: float) -> float:
         with self._narrator.step("wait until the rest has come in the background") as step:
             while time.monotonic() - started < _LOCAL_SECONDS:
-                local, total = node.local_bytes()
+                local, total = node.local()
                 if local == total:
                     return time.monotonic() - started
                 step.detail = f"{local / 1e6:.0f} of {total / 1e6:.0f} MB"

@@ -10,7 +10,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Protocol
 
-from snapshotter.demo.container import Output
+from snapshotter.demo.container import Output, read_pid
 from snapshotter.demo.errors import DemoError
 from snapshotter.demo.workspace import stop_group
 
@@ -90,9 +90,7 @@ class Task:
 
     def pid(self) -> int | None:
         """The workload's process, once the container was made; its program may start later."""
-        with contextlib.suppress(OSError, ValueError):  # not there yet, or not written yet
-            return int(self._pid_file.read_text())
-        return None
+        return read_pid(self._pid_file)
 
     def exit_status(self) -> int | None:
         """The workload's exit status; None while it runs."""
@@ -103,9 +101,9 @@ class Task:
         if not self._process:
             return
         stop_group(self._process, signal.SIGKILL)  # of ctr: the container goes on
-        self._process = None
         # One that was just being made may slip through; containerd's `stop` ends that.
         with contextlib.suppress(DemoError):
             for kind, *options in (("tasks", "--force"), ("containers",)):
                 if self._name in self._containerd.ctr(kind, "list", "--quiet").split():
                     self._containerd.ctr(kind, "delete", *options, self._name)
+        self._process = None  # not before: a signal may end this, and then it is called again

@@ -109,7 +109,8 @@ class PodmanRun:
         """`name` must be new in the workspace."""
         self._reference = reference
         self._node = node
-        self._podman = Podman(workspace, name, [node.image_store] if node else [])
+        stores = [node.places.podman_images] if node else []
+        self._podman = Podman(workspace, name, image_stores=stores)
 
     def provide(self) -> None:
         if self._node is not None:

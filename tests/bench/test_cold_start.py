@@ -11,9 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from snapshotter.bench.coldstart import results
+from snapshotter.bench.coldstart.figures import Figures
 from snapshotter.bench.coldstart.modes import STANDARD, Mode
 from snapshotter.bench.coldstart.residency import resident, touched
 from snapshotter.bench.errors import BenchError
@@ -25,7 +27,8 @@ from tests.bench.test_command import bench
 pytestmark = pytest.mark.root
 
 LINK = "200mbit-5ms"
-MODES = ("local", "overlayfs", "firstbyte")
+MODES = ("local", "overlayfs", "firstbyte", "firstbyte-no-fill")
+PODMAN_MODES = ("podman", "podman-image-store", "podman-layer-store", "podman-local")
 
 
 def test_starts_are_measured_and_what_is_missing_is_measured_later(
@@ -48,7 +51,7 @@ def test_starts_are_measured_and_what_is_missing_is_measured_later(
     assert done.returncode == 0, done.stderr
     done = bench(*command, *(word for mode in MODES for word in ("--mode", mode)), "--json")
     assert done.returncode == 0, done.stderr
-    assert "[1/1] tiny, firstbyte" in done.stderr
+    assert "[1/2] tiny, firstbyte" in done.stderr
 
     found = results.read(kept)
     assert json.loads(done.stdout)["images"].keys() == {"tiny"}
@@ -57,13 +60,16 @@ def test_starts_are_measured_and_what_is_missing_is_measured_later(
     size = found.images["tiny"].compressed_bytes
     for mode, sample in by_mode.items():
         assert 0 <= sample.pulled <= sample.created <= sample.started <= sample.ready
-        assert sample.disk_bytes > 0
+        assert sample.disk_bytes
         if mode == "local":
             assert sample.total_bytes == 0
         else:
-            assert size <= sample.total_bytes <= 1.5 * size
             assert 0 < sample.ready_requests <= sample.total_requests
-            assert sample.local
+            if mode == "firstbyte-no-fill":
+                assert sample.local is None
+            else:
+                assert size <= sample.total_bytes <= 1.5 * size
+                assert sample.local
             assert sample.curve[-1][1] == sample.total_bytes
     read = found.images["tiny"].touched
     assert read
@@ -72,6 +78,30 @@ def test_starts_are_measured_and_what_is_missing_is_measured_later(
     assert len(found.conditions) == 2
     assert (written / "report.html").read_text().startswith("<!doctype html>")
     assert (written / f"timeline-{LINK}.svg").exists()
+
+
+def test_podman_starts_images_from_both_of_its_stores(
+    catalogue: Path, workplace: Path, tmp_path: Path
+) -> None:
+    command = ["cold-start", "--images", catalogue, "--link", LINK, "--samples", "1", "--json"]
+    command += [word for mode in PODMAN_MODES for word in ("--mode", mode)]
+    done = bench(*command, "--cache", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    found = msgspec.json.decode(done.stdout, type=results.Results)
+    by_mode = {sample.mode: sample for sample in found.samples}
+    assert by_mode.keys() == set(PODMAN_MODES)
+    for mode, sample in by_mode.items():
+        assert 0 <= sample.pulled <= sample.created <= sample.started <= sample.ready
+        assert sample.disk_bytes
+        assert (sample.needed_bytes is not None) == mode.endswith("-store")
+        assert (sample.daemon_cpu_seconds is not None) == mode.endswith("-store")
+    assert found.images["tiny"].touched
+    figures = Figures(found)
+    for mode in ("podman-image-store", "podman-layer-store"):
+        kind = figures.of("tiny", mode, LINK)
+        assert kind
+        assert kind.limit
+        assert figures.speedup(kind)
 
 
 def test_an_interrupted_run_leaves_nothing_behind(

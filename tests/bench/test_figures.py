@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 
 from snapshotter.bench import charts
@@ -135,6 +136,47 @@ def test_targets_are_met_missed_or_not_measured(measured: Results) -> None:
         found["t_ready / limit with profile, geometric mean over images and the first four links"]
         is None
     )
+
+
+def targets(measured: Results, words: str) -> list[Target]:
+    return [target for target in Figures(measured).targets() if words in target.name]
+
+
+def test_bytes_that_were_waited_for_are_compared_with_those_of_the_profile(
+    measured: Results,
+) -> None:
+    measured.images["redis"] = msgspec.structs.replace(
+        measured.images["redis"], profile_bytes=4_000_000
+    )
+    measured.samples.append(sample("firstbyte-profile", 0.6, needed_bytes=4_200_000))
+    with_profile, without = targets(measured, "bytes in the profile")
+    assert with_profile.value == pytest.approx(1.05)
+    assert with_profile.met
+    assert without.value == pytest.approx(1.25)
+
+
+def test_reads_beside_the_background_download_are_compared_with_those_without_it(
+    measured: Results,
+) -> None:
+    (before,) = targets(measured, "beside the background")
+    assert before.value is None
+    measured.samples.append(sample("firstbyte-no-fill", 0.9, stalls=[0.001, 0.4]))
+    (after,) = targets(measured, "beside the background")
+    assert after.value == pytest.approx(0.5 / 0.4)
+    assert "Single reads of the workload" in report.markdown(measured)
+
+
+def test_podman_is_compared_with_podman(measured: Results) -> None:
+    measured.samples += [
+        sample("podman", 6.0),
+        sample("podman-local", 0.3, link=""),
+        sample("podman-image-store", 2.0, pulled=0.5),
+    ]
+    figures = Figures(measured)
+    kind = figures.of("redis", "podman-image-store", LINK)
+    assert kind
+    assert figures.speedup(kind) == pytest.approx(3.0)
+    assert kind.limit == pytest.approx(LIMIT - 0.5 + 0.3)
 
 
 def test_results_come_back_as_they_were_kept(measured: Results, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from snapshotter.bench.coldstart.catalogue import Image
     from snapshotter.bench.coldstart.modes import Mode
+    from snapshotter.bench.coldstart.nodes import Workload
     from snapshotter.bench.coldstart.session import Session
-    from snapshotter.demo.task import Task
     from snapshotter.demo.workspace import Workspace
 
 _ANSWER_SECONDS = 10.0
@@ -114,13 +114,13 @@ def _storm(session: Session, image: Image, mode: Mode, count: int) -> Storm:
         place.registry.read_into_memory(start.repository)
         before, began = link.carried(), time.perf_counter()
         node.pull(reference)
-        waiting: list[tuple[Task, Asker]] = []
+        waiting: list[tuple[Workload, Asker]] = []
         for network in networks:
-            task = node.task(image, reference, network)
-            task.start(image.environment)
+            workload = node.workload(image, reference, network)
+            workload.start(image.environment)
             connector = Connector(network)
             stack.callback(connector.close)
-            waiting.append((task, Asker(image.ready, connector, task.output)))
+            waiting.append((workload, Asker(image.ready, connector, workload.output)))
         ready = _wait_ready(session, image, waiting, began)
         needed = node.needed_bytes() or 0
         session.wait_local(node)
@@ -129,20 +129,20 @@ def _storm(session: Session, image: Image, mode: Mode, count: int) -> Storm:
 
 
 def _wait_ready(
-    session: Session, image: Image, waiting: list[tuple[Task, Asker]], began: float
+    session: Session, image: Image, waiting: list[tuple[Workload, Asker]], began: float
 ) -> list[float]:
     ready: list[float] = []
     while waiting:
         session.workspace.interruption.sleep(_POLL_SECONDS)
-        for task, asker in tuple(waiting):
-            status = task.exit_status()
-            if task.started() and asker.answered():
+        for workload, asker in tuple(waiting):
+            status = workload.exit_status()
+            if workload.started() and asker.answered():
                 ready.append(time.perf_counter() - began)
-                waiting.remove((task, asker))
+                waiting.remove((workload, asker))
             elif status is not None or time.perf_counter() - began > image.within:
                 raise BenchError(
                     f"one of several workloads of {image.name} did not get ready",
-                    hint=task.output.last(_SHOWN_LINES) or "it printed nothing",
+                    hint=workload.output.last(_SHOWN_LINES) or "it printed nothing",
                 )
     return ready
 

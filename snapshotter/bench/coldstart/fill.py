@@ -47,7 +47,9 @@ def fill(session: Session, images: Sequence[Image], modes: Sequence[Mode], sampl
             node.pull(f"{session.place.registry.host}/{start.repository}:latest")
             session.wait_local(node)
             seconds = time.perf_counter() - began
-            filled = _Filled(seconds, link.carried().since(before).down, node.usage().cpu_seconds)
+            filled = _Filled(
+                seconds, link.carried().since(before).down, node.usage().cpu_seconds or 0.0
+            )
         session.say(f"{image.name}, {mode.name}: {filled.bytes / 1e6 / seconds:.1f} MB/s")
         return filled
 

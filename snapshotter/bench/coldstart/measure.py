@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from snapshotter.bench.coldstart.catalogue import Image
-    from snapshotter.bench.coldstart.nodes import Node
+    from snapshotter.bench.coldstart.nodes import Node, Workload
     from snapshotter.bench.link.link import DistantRegistry, Link
     from snapshotter.bench.link.namespaces import Connector
     from snapshotter.demo.interruption import Interruption
-    from snapshotter.demo.task import Task
 
 _POLL_SECONDS = 0.002
 _LOCAL_POLL_SECONDS = 0.1
@@ -56,7 +55,7 @@ class Start:
     wait_local: bool
 
 
-def measure(place: Place, node: Node, start: Start) -> tuple[Sample, Task]:
+def measure(place: Place, node: Node, start: Start) -> tuple[Sample, Workload]:
     """Start an image on a node. The workload still runs afterwards.
 
     Raises BenchError or DemoError if it does not get ready, or its work fails.
@@ -64,7 +63,7 @@ def measure(place: Place, node: Node, start: Start) -> tuple[Sample, Task]:
     image, link = start.image, place.registry.link
     host = place.registry.direct if start.pulled else place.registry.host
     reference = f"{host}/{start.repository}:latest"
-    task = node.task(image, reference, link.near)
+    workload = node.workload(image, reference, link.near)
     drop_caches()
     place.registry.read_into_memory(start.repository)
     at = datetime.now(UTC)
@@ -73,13 +72,13 @@ def measure(place: Place, node: Node, start: Start) -> tuple[Sample, Task]:
         pulls, pulled = 0, 0.0
         if not start.pulled:
             pulls, pulled = _pull(place, node, reference), clock.now()
-        task.start(image.environment)
-        created, started, ready = _wait_ready(place, task, image, clock)
+        workload.start(image.environment)
+        created, started, ready = _wait_ready(place, workload, image, clock)
         carried = link.carried().since(before)
         lazy = not start.pulled and node.local() is not None
         needed = node.needed_bytes() if lazy else None
         asked = node.fuse_requests()
-        work = _work(place, task, image)
+        work = _work(place, workload, image)
         local: float | None = None
         if lazy and start.wait_local:
             local = _wait_local(place, node, clock)
@@ -111,9 +110,9 @@ def measure(place: Place, node: Node, start: Start) -> tuple[Sample, Task]:
         daemon_peak_bytes=usage.peak_bytes,
         disk_bytes=usage.disk_bytes,
         curve=_thinned(curve),
-        stalls=stalls(task.output),
+        stalls=stalls(workload.output),
     )
-    return sample, task
+    return sample, workload
 
 
 class _Clock:
@@ -138,15 +137,15 @@ def _pull(place: Place, node: Node, reference: str) -> int:
 
 
 def _wait_ready(
-    place: Place, task: Task, image: Image, clock: _Clock
+    place: Place, workload: Workload, image: Image, clock: _Clock
 ) -> tuple[float, float, float]:
-    asker = Asker(image.ready, place.connector, task.output)
+    asker = Asker(image.ready, place.connector, workload.output)
     created = started = None
     runtime = None
     while True:
         place.interruption.check()
-        now, status = clock.now(), task.exit_status()
-        if created is None and (pid := task.pid()):
+        now, status = clock.now(), workload.exit_status()
+        if created is None and (pid := workload.pid()):
             created = now
             program = Path(f"/proc/{pid}/exe")
             runtime = _target(program)
@@ -165,7 +164,7 @@ def _wait_ready(
             continue
         raise BenchError(
             f"the workload of {image.name} {problem}",
-            hint=task.output.last(_SHOWN_LINES) or "it printed nothing",
+            hint=workload.output.last(_SHOWN_LINES) or "it printed nothing",
         )
 
 
@@ -176,11 +175,11 @@ def _target(link: Path) -> Path | None:
         return None
 
 
-def _work(place: Place, task: Task, image: Image) -> float | None:
+def _work(place: Place, workload: Workload, image: Image) -> float | None:
     if not image.work:
         return None
     began = time.perf_counter()
-    Asker(image.work, place.connector, task.output).work()
+    Asker(image.work, place.connector, workload.output).work()
     return time.perf_counter() - began
 
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from snapshotter.bench.coldstart.results import Facts
+from snapshotter.bench.errors import BenchError
 from snapshotter.demo.lazy import build_index, convert
+from snapshotter.images.discovery import find_index
 from snapshotter.registry.credentials import CredentialStore
 from snapshotter.registry.digests import digest_of
 from snapshotter.registry.locations import Locations
@@ -92,6 +94,10 @@ class Publisher:
             compressed_bytes=sum(layer.size for layer in manifest.layers),
         )
 
+    def profile_bytes(self, image: Image) -> int:
+        """The size of an image's startup pack. Takes a while if there is none yet."""
+        return trio.run(_pack_size, self._direct(self.repository(image, PROFILED)))
+
     def layers(self, image: Image) -> list[Path]:
         """The files in which the registry stores an image's layers."""
         manifest = trio.run(_manifest, self._direct(self.repository(image, "")))
@@ -113,3 +119,12 @@ async def _manifest(reference: str) -> Manifest:
     async with Transport() as transport:
         source = Locations(transport, CredentialStore()).source(reference)
         return (await source.resolve(Platform.host())).manifest
+
+
+async def _pack_size(reference: str) -> int:
+    async with Transport() as transport:
+        source = Locations(transport, CredentialStore()).source(reference)
+        found = await find_index(source, await source.resolve(Platform.host()))
+    if found is None or found.pack is None:
+        raise BenchError(f"{reference} has no startup pack")
+    return found.pack.size

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from snapshotter.bench import charts
 from snapshotter.bench.coldstart.figures import Figures
-from snapshotter.bench.coldstart.modes import STANDARD
+from snapshotter.bench.coldstart.modes import NO_FILL, STANDARD
 from snapshotter.bench.tables import Cell, Table, as_markdown, show
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def tables(results: Results) -> list[Table]:
     made = [_conditions(results), _targets(figures), _images(results)]
     for link in figures.links:
         kinds = [kind for kind in figures.kinds if kind.link == link]
-        made += [_times(figures, link, kinds), _costs(link, kinds)]
+        made += [_times(figures, link, kinds), _costs(figures, link, kinds), _reads(link, kinds)]
     if local := [kind for kind in figures.kinds if not kind.link]:
         made.append(_local(local))
     return [table for table in made if table.rows]
@@ -62,7 +62,7 @@ def pictures(results: Results) -> dict[str, str]:
             curves = [kind for kind in kinds if kind.typical.curve]
             if curves:
                 made[f"bytes-{image}-{link}"] = _curves(image, link, curves)
-            stalling = [kind for kind in kinds if any(sample.stalls for sample in kind.samples)]
+            stalling = [kind for kind in kinds if kind.stalls]
             if stalling:
                 local = [k for k in figures.kinds if k.image == image and not k.link]
                 made[f"stalls-{image}-{link}"] = _stalls(image, link, [*stalling, *local])
@@ -177,15 +177,15 @@ def _times(figures: Figures, link: str, kinds: list[Kind]) -> Table:
         tuple(rows),
         "Medians. The limit is a start from the local disk with a dropped page cache, plus what it "
         "reads, compressed, over the bandwidth, plus two round trips. `normal / it` is how many "
-        "times as long containerd with overlayfs takes.",
+        "times as long a normal pull and start by the same runner takes.",
     )
 
 
-def _costs(link: str, kinds: list[Kind]) -> Table:
+def _costs(figures: Figures, link: str, kinds: list[Kind]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for kind in kinds:
         needed = kind.median("needed_bytes")
-        read = kind.needed_bytes
+        read, pack = kind.needed_bytes, figures.results.images[kind.image].profile_bytes
         rows.append(
             (
                 kind.image,
@@ -193,14 +193,15 @@ def _costs(link: str, kinds: list[Kind]) -> Table:
                 (kind.median("ready_bytes") or 0) / _MB,
                 _or_missing(kind.median("ready_requests")),
                 _or_missing(kind.median("connections")),
-                _or_missing(needed and needed / _MB),
+                _or_missing(_in_mb(needed)),
                 _or_missing(needed and read and needed / read),
+                _or_missing(needed and pack and needed / pack),
                 (kind.median("total_bytes") or 0) / _MB,
                 _or_missing(kind.median("total_requests")),
                 _or_missing(kind.median("fuse_requests")),
                 _or_missing(kind.median("daemon_cpu_seconds")),
-                (kind.median("daemon_peak_bytes") or 0) / _MB,
-                (kind.median("disk_bytes") or 0) / _MB,
+                _or_missing(_in_mb(kind.median("daemon_peak_bytes"))),
+                _or_missing(_in_mb(kind.median("disk_bytes"))),
             )
         )
     return Table(
@@ -213,6 +214,7 @@ def _costs(link: str, kinds: list[Kind]) -> Table:
             "connections",
             "of it needed MB",
             "needed / read",
+            "needed / profile",
             "MB in all",
             "requests in all",
             "FUSE requests",
@@ -223,7 +225,23 @@ def _costs(link: str, kinds: list[Kind]) -> Table:
         tuple(rows),
         "Medians, counted on the link. Needed is what FirstByte fetched because somebody waited, "
         "or was about to; the rest until ready is background fill. `needed / read` compares that "
-        "with what a local start reads, compressed. The daemon is FirstByte's, or else containerd.",
+        "with what a local start reads, compressed, `needed / profile` with the startup pack's "
+        "size. The daemon is FirstByte's, or else containerd; podman has none.",
+    )
+
+
+def _reads(link: str, kinds: list[Kind]) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for kind in kinds:
+        if stalls := kind.stalls:
+            times = (1e3 * kind.stall(share) for share in (0.5, 0.95, 0.99))
+            rows.append((kind.image, kind.mode, len(stalls), *times, 1e3 * stalls[-1]))
+    return Table(
+        f"Single reads of the workload, {link}",
+        ("image", "mode", "reads", "median ms", "p95 ms", "p99 ms", "longest ms"),
+        tuple(rows),
+        f"Of all samples together, of workloads that tell how long each took. `{NO_FILL.name}` "
+        "downloads nothing that is not read.",
     )
 
 
@@ -290,7 +308,7 @@ def _curves(image: str, link: str, kinds: list[Kind]) -> str:
 def _stalls(image: str, link: str, kinds: list[Kind]) -> str:
     drawn = []
     for kind in kinds:
-        values = sorted(stall for sample in kind.samples for stall in sample.stalls)
+        values = kind.stalls
         points = tuple(
             (1e3 * max(value, _MIN_STALL), 100 * (number + 1) / len(values))
             for number, value in enumerate(values)
@@ -303,6 +321,10 @@ def _stalls(image: str, link: str, kinds: list[Kind]) -> str:
 
 def _or_missing(value: float | None) -> Cell:
     return _MISSING if value is None else value
+
+
+def _in_mb(count: float | None) -> float | None:
+    return None if count is None else count / _MB
 
 
 def _html(table: Table) -> str:

@@ -18,14 +18,16 @@ VERSION = 1
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """An image. Bytes of its layers, compressed and not, and what a start from the local disk
-    reads of it (None: that was not measured yet)."""
+    """An image. Bytes of its layers, compressed; what a start from the local disk reads of it, and
+    the bytes of its startup pack: the chunks of its startup profile, compressed (None: that was not
+    measured yet)."""
 
     reference: str
     layers: int
     compressed_bytes: int
     group: str = ""
     touched: Touched | None = None
+    profile_bytes: int | None = None
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,8 +39,9 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
     Bytes and requests are what the link has carried until ready, and until local. `needed_bytes` is
     what FirstByte fetched by then because somebody waited, or was about to. `pulls` counts how
-    often a pull was tried. The daemon's are FirstByte's, or containerd's without it. `curve` has
-    bytes over time, `stalls` the seconds of single reads, if the workload tells them.
+    often a pull was tried. The daemon's are FirstByte's, or containerd's without it; podman by
+    itself has none. `curve` has bytes over time, `stalls` the seconds of single reads, if the
+    workload tells them.
     """
 
     image: str
@@ -60,9 +63,9 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     local: float | None = None
     needed_bytes: int | None = None
     fuse_requests: int | None = None
-    daemon_cpu_seconds: float = 0.0
-    daemon_peak_bytes: int = 0
-    disk_bytes: int = 0
+    daemon_cpu_seconds: float | None = None
+    daemon_peak_bytes: int | None = None
+    disk_bytes: int | None = None
     curve: list[tuple[float, int]] = []
     stalls: list[float] = []
 

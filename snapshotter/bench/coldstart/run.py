@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from snapshotter.bench.coldstart import nodes, results
+from snapshotter.bench.coldstart import results
 from snapshotter.bench.coldstart.measure import measure
+from snapshotter.bench.coldstart.publishing import PROFILED
 from snapshotter.bench.coldstart.residency import touched
 from snapshotter.bench.coldstart.session import open_session
 from snapshotter.bench.conditions import Conditions
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from snapshotter.bench.coldstart.catalogue import Image
     from snapshotter.bench.coldstart.modes import Mode
+    from snapshotter.bench.coldstart.nodes import Node
     from snapshotter.bench.coldstart.results import Results, Sample
     from snapshotter.bench.coldstart.session import Session
     from snapshotter.bench.link.profiles import LinkProfile
@@ -106,10 +108,7 @@ class _Runner:
     def run(self, steps: Sequence[_Step]) -> None:
         for step in steps:
             self._session.publisher.repository(step.image, step.mode.variant)
-            if step.image.name not in self._plan.results.images:
-                self._plan.results.images[step.image.name] = self._session.publisher.facts(
-                    step.image
-                )
+            self._note_facts(step)
         began, done, count = time.monotonic(), 0, sum(step.count for step in steps)
         for step in steps:
             kind = step.image.name, step.mode.name, step.link.name if step.link else _NO_LINK
@@ -145,16 +144,26 @@ class _Runner:
             self._session.say(f"{step.image.name}, {step.mode.name}: pulling")
             self._session.provide(node, step.image, step.mode)
             for _ in range(step.count):
-                sample, task = measure(self._session.place, node, start)
+                sample, workload = measure(self._session.place, node, start)
                 self._note_touched(step, node)
-                task.stop()
+                workload.stop()
                 yield sample
 
-    def _note_touched(self, step: _Step, node: nodes.Node) -> None:
+    def _note_facts(self, step: _Step) -> None:
+        publisher, known = self._session.publisher, self._plan.results.images
+        name = step.image.name
+        if name not in known:
+            known[name] = publisher.facts(step.image)
+        if step.mode.variant == PROFILED and known[name].profile_bytes is None:
+            size = publisher.profile_bytes(step.image)
+            known[name] = msgspec.structs.replace(known[name], profile_bytes=size)
+
+    def _note_touched(self, step: _Step, node: Node) -> None:
         """While the workload still runs: what it holds in memory is not forgotten."""
         facts = self._plan.results.images[step.image.name]
-        if isinstance(node, nodes.Unpacking) and not facts.touched:
-            found = touched(node.lower_directories())
+        lower = node.lower_directories()
+        if lower and not facts.touched:
+            found = touched(lower)
             self._plan.results.images[step.image.name] = msgspec.structs.replace(
                 facts, touched=found
             )

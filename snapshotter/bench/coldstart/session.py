@@ -8,7 +8,8 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
 
-from snapshotter.bench.coldstart import nodes
+from snapshotter.bench.coldstart import podman_nodes
+from snapshotter.bench.coldstart.containerd_nodes import Foreign, Lazy, Unpacking
 from snapshotter.bench.coldstart.measure import Place, Start, measure
 from snapshotter.bench.coldstart.modes import UNMODIFIED
 from snapshotter.bench.coldstart.publishing import Publisher
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from snapshotter.bench.coldstart.catalogue import Image
     from snapshotter.bench.coldstart.modes import Mode
+    from snapshotter.bench.coldstart.nodes import Node
     from snapshotter.bench.link.profiles import LinkProfile
     from snapshotter.demo.workspace import Workspace
 
@@ -39,9 +41,9 @@ class Session:
     _numbers: Iterator[int] = field(default_factory=count)
 
     @contextmanager
-    def node(self, mode: Mode) -> Iterator[nodes.Node]:
+    def node(self, mode: Mode) -> Iterator[Node]:
         """A new node with nothing on it. Raises DemoError."""
-        node = nodes.make(self.workspace, f"node-{next(self._numbers)}", mode)
+        node = _make_node(self.workspace, f"node-{next(self._numbers)}", mode)
         try:
             yield node
         finally:
@@ -52,15 +54,16 @@ class Session:
     ) -> Start:
         """A start of an image that is in the registry already, or will be."""
         repository = self.publisher.repository(image, mode.variant)
+        wait_local = wait_local and mode.background  # else it would never be
         return Start(image, mode.name, repository, pulled=pulled, wait_local=wait_local)
 
-    def provide(self, node: nodes.Node, image: Image, mode: Mode) -> None:
+    def provide(self, node: Node, image: Image, mode: Mode) -> None:
         """Have all of an image on a node, past the link. Raises DemoError."""
         repository = self.publisher.repository(image, mode.variant)
         node.pull(f"{self.place.registry.direct}/{repository}:latest")
         self.wait_local(node)
 
-    def wait_local(self, node: nodes.Node) -> None:
+    def wait_local(self, node: Node) -> None:
         """Wait until all of the node's image is there."""
         while (state := node.local()) and state.here < state.total:
             self.workspace.interruption.sleep(_LOCAL_POLL_SECONDS)
@@ -90,10 +93,24 @@ def open_session(
         connector.close()
 
 
+def _make_node(workspace: Workspace, name: str, mode: Mode) -> Node:
+    if mode.containerd:
+        return Foreign(workspace, name, mode.snapshotter, mode.containerd)
+    if mode.runner == "containerd":
+        if mode.lazy:
+            return Lazy(workspace, name, background=mode.background)
+        return Unpacking(workspace, name)
+    if mode.store == "image":
+        return podman_nodes.ImageStore(workspace, name)
+    if mode.store == "layer":
+        return podman_nodes.LayerStore(workspace, name)
+    return podman_nodes.Pulling(workspace, name)
+
+
 def _record(
     workspace: Workspace, place: Place, image: Image, repository: str, target: Path
 ) -> None:
-    node = nodes.Lazy(workspace, f"record-{image.name}")
+    node = Lazy(workspace, f"record-{image.name}")
     try:
         start = Start(image, UNMODIFIED.name, repository, pulled=False, wait_local=False)
         measure(place, node, start)
