@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
+from snapshotter.containerd.snapshotter import Snapshotter
 from tests.support.containerd import RunningContainerd, Setup, Version, running_containerd
 from tests.support.layouts import write_layout
+from tests.support.lazy_images import DirectoryImages
 from tests.support.lazy_node import LazyNode, lazy_node
 from tests.support.registry import RunningRegistry, docker_registry, skopeo_push
 from tests.support.rootfs import as_layer, make_rootfs
+from tests.support.spoken import SOON
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -116,3 +120,40 @@ def any_containerd(request: pytest.FixtureRequest) -> RunningContainerd:
     name = {"1.6": "containerd16", "2.1": "containerd21"}[request.param]
     found: RunningContainerd = request.getfixturevalue(name)
     return found
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> DirectoryImages:
+    """What a snapshotter of this process serves lazily."""
+    return DirectoryImages(tmp_path / "images")
+
+
+@pytest.fixture
+def snapshotter(tmp_path: Path, images: DirectoryImages) -> Iterator[Snapshotter]:
+    """A snapshotter without a containerd."""
+    snapshotter = Snapshotter(tmp_path / "root", images, tmp_path / "idmapped")
+    yield snapshotter
+    snapshotter.close()
+
+
+@pytest.fixture
+def directories(tmp_path: Path) -> Path:
+    """Where it keeps what is not lazy."""
+    return tmp_path / "root" / "containerd" / "snapshots"
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    """What a test has started in this process ends with it."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        if not thread.name.startswith("Trio thread"):  # trio keeps these for ten seconds
+            thread.join(SOON)
+            assert not thread.is_alive(), thread
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Path:
+    """Where a server is to listen."""
+    return tmp_path / "containerd.sock"

@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import sqlite3
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from snapshotter.containerd.database import VERSION, Database
+from snapshotter.containerd.database import Database
 from snapshotter.containerd.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
-    SnapshotError,
 )
 from snapshotter.containerd.fallbacks import Fallbacks
 from snapshotter.containerd.labels import TARGET
 from snapshotter.containerd.lazy import LayerPlace, Refused
 from snapshotter.containerd.metadata import Chain, Counts, Metadata
 from snapshotter.containerd.snapshots import Kind, Usage
-from snapshotter.mounts import syscalls
-from snapshotter.mounts.syscalls import MountFlag
-from snapshotter.store.errors import StoreError, StoreFullError
+from tests.support.snapshot_metadata import committed, create, lazy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterator
+    from pathlib import Path
 
 ZERO = Usage(0, 0)
 
@@ -52,32 +39,6 @@ def database(tmp_path: Path) -> Iterator[Database]:
 @pytest.fixture
 def metadata(database: Database) -> Metadata:
     return Metadata(database)
-
-
-def create(
-    metadata: Metadata,
-    key: str,
-    parent: str = "",
-    labels: Mapping[str, str] | None = None,
-    kind: Kind = Kind.ACTIVE,
-) -> int:
-    planned = metadata.chain_under(parent)
-    return metadata.create(
-        kind, key, parent, labels or {}, planned=planned, settle=lambda snapshot: None
-    )
-
-
-def committed(metadata: Metadata, name: str, parent: str = "") -> int:
-    created = create(metadata, f"{name} in the making", parent)
-    metadata.commit(name, f"{name} in the making", {}, "", ZERO)
-    return created
-
-
-def lazy(
-    metadata: Metadata, target: str, parent: str, image: str, depth: int, content: str = "00"
-) -> bool:
-    place = LayerPlace(image, depth, content, top=False)
-    return metadata.create_lazy((target, f"{target} more"), parent, {TARGET: target}, place)
 
 
 def test_an_active_snapshot_is_what_it_was_made_as(metadata: Metadata) -> None:
@@ -291,23 +252,6 @@ def test_counts_by_purpose(metadata: Metadata) -> None:
     assert metadata.counts() == Counts(lazy_layers=1, ordinary_layers=1, containers=1, views=1)
 
 
-def test_everything_is_there_after_a_kill(tmp_path: Path) -> None:
-    script = f"""
-import os, pathlib
-from snapshotter.containerd.database import Database
-from snapshotter.containerd.metadata import Chain, Metadata
-from snapshotter.containerd.snapshots import Kind
-metadata = Metadata(Database(pathlib.Path({str(tmp_path / "metadata.db")!r})))
-metadata.create(Kind.ACTIVE, "key", "", {{"a": "1"}}, planned=Chain(), settle=lambda _: None)
-os._exit(9)
-"""
-    root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", script], cwd=root).returncode == 9
-    database = Database(tmp_path / "metadata.db")
-    assert Metadata(database).record("key").info.labels == {"a": "1"}
-    database.close()
-
-
 def test_one_of_many_threads_gets_the_name(metadata: Metadata) -> None:
     results = []
 
@@ -324,88 +268,6 @@ def test_one_of_many_threads_gets_the_name(metadata: Metadata) -> None:
         thread.join()
     assert len(results) == 8
     assert [result for result in results if result] == [metadata.record("key").id]
-
-
-def test_a_newer_version_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "metadata.db"
-    with sqlite3.connect(path) as connection:
-        connection.execute(f"PRAGMA user_version = {VERSION + 1}")
-    connection.close()
-    before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"newer FirstByte made it"):
-        Database(path)
-    assert path.read_bytes() == before
-
-
-def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "metadata.db"
-    path.write_bytes(b"no database, but of some length" * 100)
-    with pytest.raises(StoreError, match=r"metadata\.db is damaged .*pull the images"):
-        Database(path)
-
-
-def test_damage_within_is_found_when_it_is_opened(tmp_path: Path) -> None:
-    path = tmp_path / "metadata.db"
-    database = Database(path)
-    metadata = Metadata(database)
-    for n in range(100):
-        create(metadata, f"key {n}", labels={"label": "x" * 200})
-    database.close()
-    data = bytearray(path.read_bytes())
-    for page in range(2 * 4096, len(data) - 4096, 4096):
-        data[page + 8 : page + 300] = b"\xff" * 292
-    path.write_bytes(data)
-    with pytest.raises(StoreError, match="is damaged"):
-        Database(path)
-
-
-def test_a_locked_file_is_an_error_that_names_it(tmp_path: Path) -> None:
-    path = tmp_path / "metadata.db"
-    database = Database(path)
-    other = sqlite3.connect(path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    try:
-        with database.reading() as run:
-            run.execute("PRAGMA busy_timeout = 10")
-        with pytest.raises(StoreError, match="in use by another process"):
-            create(Metadata(database), "key")
-    finally:
-        other.close()
-    create(Metadata(database), "key")
-    database.close()
-
-
-@pytest.mark.root
-def test_a_full_disk_is_said_and_changes_nothing(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    syscalls.mount("test", disk, "tmpfs", MountFlag.NO_DEVICES, "size=1m")
-    try:
-        database = Database(disk / "metadata.db")
-        metadata = Metadata(database)
-        create(metadata, "key", labels={"a": "1"})
-        fill(disk / "filler")
-        with pytest.raises(StoreFullError, match="no space is left"):
-            create_many(metadata)
-        assert metadata.record("key").info.labels == {"a": "1"}
-        (disk / "filler").unlink()
-        create(metadata, "another")
-        database.close()
-    finally:
-        syscalls.unmount(disk, detach=True)
-
-
-def fill(path: Path) -> None:
-    """Leave no space on the disk of a new file."""
-    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
-
-
-def create_many(metadata: Metadata) -> None:
-    """More than fits into the pages that the database has already."""
-    for n in range(1000):
-        create(metadata, f"key {n}", labels={"a": "x" * 4000})
 
 
 def test_refusals_are_counted_by_image_and_reason(database: Database) -> None:
@@ -428,162 +290,3 @@ def test_the_latest_200_refusals_are_kept(database: Database) -> None:
         fallbacks.add(Refused(f"r/image:{n}", "", "no index", "no-index"))
     latest = fallbacks.latest()
     assert [f.reference for f in latest] == [f"r/image:{n}" for n in range(204, 4, -1)]
-
-
-NAMES = st.sampled_from([f"n{i}" for i in range(6)])
-PARENTS = st.one_of(st.just(""), NAMES)
-LABELS = st.dictionaries(st.sampled_from(["a", "b", TARGET]), st.sampled_from(["", "1", "2"]))
-
-
-class Model(RuleBasedStateMachine):
-    """Metadata against a dictionary that follows the same rules in the plainest way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="firstbyte-test-"))
-        self.open()
-        # name: kind, parent, labels, usage, lazy (image, depth)
-        self.model: dict[str, tuple[Kind, str, dict[str, str], Usage, tuple[str, int] | None]] = {}
-
-    def open(self) -> None:
-        self.database = Database(self.folder / "metadata.db")
-        self.metadata = Metadata(self.database)
-
-    def teardown(self) -> None:
-        self.database.close()
-        shutil.rmtree(self.folder)
-
-    def parent_error(self, parent: str) -> type[SnapshotError] | None:
-        if parent and parent not in self.model:
-            return NotFoundError
-        if parent and self.model[parent][0] is not Kind.COMMITTED:
-            return InvalidArgumentError
-        return None
-
-    @rule(kind=st.sampled_from([Kind.ACTIVE, Kind.VIEW]), key=NAMES, parent=PARENTS, labels=LABELS)
-    def create(self, kind: Kind, key: str, parent: str, labels: dict[str, str]) -> None:
-        expected = self.parent_error(parent) or (AlreadyExistsError if key in self.model else None)
-        with expecting(expected):
-            create(self.metadata, key, parent, labels, kind)
-            self.model[key] = (kind, parent, stored(labels), ZERO, None)
-
-    @rule(name=NAMES, key=NAMES, parent=PARENTS, labels=LABELS, size=st.integers(0, 2**40))
-    def commit(self, name: str, key: str, parent: str, labels: dict[str, str], size: int) -> None:
-        expected: type[SnapshotError] | None = None
-        if key not in self.model:
-            expected = NotFoundError
-        elif name in self.model:
-            expected = AlreadyExistsError
-        elif self.model[key][0] is not Kind.ACTIVE:
-            expected = FailedPreconditionError
-        elif parent not in ("", self.model[key][1]):
-            expected = InvalidArgumentError
-        usage = Usage(size // 4096, size)
-        with expecting(expected):
-            self.metadata.commit(name, key, labels, parent, usage)
-            was = self.model.pop(key)
-            self.model[name] = (Kind.COMMITTED, was[1], stored(labels), usage, None)
-
-    @rule(
-        chain=NAMES,
-        parent=PARENTS,
-        image=st.sampled_from(["i", "j"]),
-        depth=st.integers(1, 3),
-        labels=LABELS,
-    )
-    def add_lazy(
-        self, chain: str, parent: str, image: str, depth: int, labels: dict[str, str]
-    ) -> None:
-        labels = {**labels, TARGET: chain}
-        there = any(
-            kind is Kind.COMMITTED and (its_parent, its_labels.get(TARGET)) == (parent, chain)
-            for kind, its_parent, its_labels, _, _ in self.model.values()
-        )
-        names = (chain, f"{chain} more")
-        free = [name for name in names if name not in self.model]
-        expected = self.parent_error(parent)
-        if expected is None and not there and not free:
-            expected = AlreadyExistsError
-        with expecting(expected):
-            place = LayerPlace(image, depth, "00", top=False)
-            assert self.metadata.create_lazy(names, parent, labels, place) is not there
-            if not there:
-                entry = (Kind.COMMITTED, parent, stored(labels), ZERO, (image, depth))
-                self.model[free[0]] = entry
-
-    @rule(key=NAMES, more=st.booleans())
-    def remove(self, key: str, more: bool) -> None:
-        key = f"{key} more" if more else key
-        expected: type[SnapshotError] | None = None
-        if key not in self.model:
-            expected = NotFoundError
-        elif any(parent == key for _, parent, _, _, _ in self.model.values()):
-            expected = FailedPreconditionError
-        with expecting(expected):
-            removed = self.metadata.remove(key)
-            was = self.model.pop(key)[4]
-            place = removed.place
-            assert (place and (place.image, place.depth)) == was
-
-    @rule(
-        name=NAMES,
-        labels=LABELS,
-        paths=st.lists(st.sampled_from(["labels", "labels.a", "labels.b", "parent"]), max_size=2),
-    )
-    def update(self, name: str, labels: dict[str, str], paths: list[str]) -> None:
-        expected: type[SnapshotError] | None = None
-        if name not in self.model:
-            expected = NotFoundError
-        elif "parent" in paths:
-            expected = InvalidArgumentError
-        with expecting(expected):
-            info = self.metadata.update(name, labels, paths)
-            kind, parent, new, usage, lazy = self.model[name]
-            for path in paths or ["labels"]:
-                key = path.removeprefix("labels.")
-                new = labels if path == "labels" else {**new, key: labels.get(key, "")}
-            self.model[name] = (kind, parent, stored(new), usage, lazy)
-            assert info.labels == stored(new)
-
-    @rule()
-    def reopen(self) -> None:
-        self.database.close()
-        self.open()
-
-    @invariant()
-    def they_agree(self) -> None:
-        found = {
-            record.info.name: (
-                record.info.kind,
-                record.info.parent,
-                record.info.labels,
-                record.usage,
-                (record.place.image, record.place.depth) if record.place else None,
-            )
-            for record in self.metadata.all()
-        }
-        assert found == self.model
-
-    @invariant()
-    def chains_agree(self) -> None:
-        ids = {record.info.name: record.id for record in self.metadata.all()}
-        for name, (kind, parent, *_) in self.model.items():
-            if kind is not Kind.COMMITTED:
-                ordinary = []
-                while parent and not self.model[parent][4]:
-                    ordinary.append(ids[parent])
-                    parent = self.model[parent][1]
-                end = (self.model[parent][4] if parent else None) or ("", 0)
-                assert self.metadata.chain_of(name)[1] == Chain(tuple(ordinary), *end)
-
-
-def stored(labels: dict[str, str]) -> dict[str, str]:
-    return {key: value for key, value in labels.items() if value}
-
-
-def expecting(error: type[SnapshotError] | None) -> AbstractContextManager[object]:
-    return pytest.raises(error) if error else contextlib.nullcontext()
-
-
-Model.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
-TestModel = Model.TestCase
