@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from snapshotter.containerd.snapshotter import Snapshotter
+from tests.support.conformance import SERVICES, Service, Session, running
 from tests.support.containerd import RunningContainerd, Setup, Version, running_containerd
 from tests.support.layouts import write_layout
 from tests.support.lazy_images import DirectoryImages
 from tests.support.lazy_node import LazyNode, lazy_node
 from tests.support.registry import RunningRegistry, docker_registry, skopeo_push
 from tests.support.rootfs import as_layer, make_rootfs
+from tests.support.shop import Shop, shop
 from tests.support.spoken import SOON
 
 if TYPE_CHECKING:
@@ -157,3 +159,24 @@ def no_thread_is_left() -> Iterator[None]:
 def address(tmp_path: Path) -> Path:
     """Where a server is to listen."""
     return tmp_path / "containerd.sock"
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Shop]:
+    """A registry with images, for all tests of a module."""
+    with shop() as made:
+        yield made
+
+
+@pytest.fixture(scope="module", params=SERVICES)
+def service(request: pytest.FixtureRequest) -> Iterator[Service]:
+    """Each snapshotter behind a socket: FirstByte, and what it is to be like."""
+    with running(request.param) as made:
+        yield made
+
+
+@pytest.fixture
+def session(service: Service, tmp_path: Path) -> Iterator[Session]:
+    """What one test does with a service."""
+    with service.session(tmp_path) as made:
+        yield made

@@ -24,35 +24,17 @@ from tests.support.conformance import (
     NO_NAME,
     NOT_FOUND,
     PARENTS,
-    SERVICES,
     UNPACK_A_TARGET_THAT_IS_THERE,
-    Service,
     Session,
-    running,
     write,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
     import grpc
 
     from snapshotter.containerd.snapshots import Info, Mount
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module", params=SERVICES)
-def service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    with running(request.param) as made:
-        yield made
-
-
-@pytest.fixture
-def session(service: Service, tmp_path: Path) -> Iterator[Session]:
-    with service.session(tmp_path) as made:
-        yield made
 
 
 def state(session: Session) -> dict[str, Info]:

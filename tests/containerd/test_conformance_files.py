@@ -16,28 +16,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from snapshotter.containerd.snapshots import Usage
-from tests.support.conformance import NO_NAME, NOT_FOUND, SERVICES, Service, Session, running, write
+from tests.support.conformance import NO_NAME, NOT_FOUND, SERVICES, Service, Session, write
 from tests.support.trees import differences, read_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.support.trees import Item
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module", params=SERVICES)
-def service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    with running(request.param) as made:
-        yield made
-
-
-@pytest.fixture
-def session(service: Service, tmp_path: Path) -> Iterator[Session]:
-    with service.session(tmp_path) as made:
-        yield made
 
 
 def check_layers(session: Session, flat: Path, *changes: Callable[[Path], object]) -> None:

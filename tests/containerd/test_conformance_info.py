@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,32 +13,13 @@ from tests.support.conformance import (
     NO_FILTER,
     NO_NAME,
     NOT_FOUND,
-    SERVICES,
-    Service,
     Session,
-    running,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.root
 
 # containerd tells a snapshotter labels of this kind only, and keeps others itself.
 TOLD = "containerd.io/snapshot/told"
-
-
-@pytest.fixture(scope="module", params=SERVICES)
-def service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    with running(request.param) as made:
-        yield made
-
-
-@pytest.fixture
-def session(service: Service, tmp_path: Path) -> Iterator[Session]:
-    with service.session(tmp_path) as made:
-        yield made
 
 
 class TestStat:

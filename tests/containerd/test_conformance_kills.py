@@ -20,14 +20,12 @@ from tests.support.conformance import (
     Client,
     Service,
     Session,
-    running,
     write,
 )
 from tests.support.instance import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.root
 
@@ -35,18 +33,6 @@ UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
 WORKERS = 6
 ROUNDS = 4
-
-
-@pytest.fixture(scope="module", params=SERVICES)
-def service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    with running(request.param) as made:
-        yield made
-
-
-@pytest.fixture
-def session(service: Service, tmp_path: Path) -> Iterator[Session]:
-    with service.session(tmp_path) as made:
-        yield made
 
 
 def state(session: Session) -> dict[str, Any]:

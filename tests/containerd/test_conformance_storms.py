@@ -24,11 +24,8 @@ from tests.support.conformance import (
     FAILED_PRECONDITION,
     INVALID_ARGUMENT,
     NOT_FOUND,
-    SERVICES,
     Client,
-    Service,
     Session,
-    running,
     write,
 )
 from tests.support.lazy_images import DirectoryImages
@@ -43,18 +40,6 @@ THREADS = 32
 WORKERS = 8
 ROUNDS = 25  # of each worker
 EXPLAINED = (NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION, INVALID_ARGUMENT)
-
-
-@pytest.fixture(scope="module", params=SERVICES)
-def service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    with running(request.param) as made:
-        yield made
-
-
-@pytest.fixture
-def session(service: Service, tmp_path: Path) -> Iterator[Session]:
-    with service.session(tmp_path) as made:
-        yield made
 
 
 def answers(*calls: Callable[[], object]) -> list[grpc.StatusCode]:

@@ -34,12 +34,6 @@ LAYERS = [workshop(), tar(file(b"name", b"here"))]
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[Shop]:
-    with shop() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def docker_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """docker's configuration of the daemon and of whoever builds file indexes; not there yet."""
     return tmp_path_factory.mktemp("docker") / "config.json"

@@ -21,7 +21,7 @@ from tests.support.lazy_workloads import (
     workload_node,
 )
 from tests.support.leaks import shown_in
-from tests.support.shop import Shop, shop, workshop
+from tests.support.shop import Shop, workshop
 from tests.support.tars import directory, file, tar, whiteout
 
 if TYPE_CHECKING:
@@ -37,12 +37,6 @@ pytestmark = pytest.mark.root
 
 BIG = random.Random(2).randbytes(1_000_000)
 MIDDLE = tar(directory(b"data"), file(b"data/big", BIG), file(b"data/name", b"middle"))
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[Shop]:
-    with shop() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tests.support.lazy_workloads import (
     tree_differences,
     workload_node,
 )
-from tests.support.shop import Shop, shop, workshop
+from tests.support.shop import Shop, workshop
 from tests.support.tars import directory, file, tar
 
 if TYPE_CHECKING:
@@ -30,12 +30,6 @@ if TYPE_CHECKING:
     from tests.support.trees import Item
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[Shop]:
-    with shop() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from tests.support.lazy_workloads import (
     reconfigured,
     workload_node,
 )
-from tests.support.shop import Shop, shop, workshop
+from tests.support.shop import Shop, workshop
 from tests.support.tars import directory, file, tar
 
 if TYPE_CHECKING:
@@ -70,12 +70,6 @@ secret 1234:77
 made 0:0
 """
 OUTSIDE = {"new": (0, 0), "other": (7, 8), "secret": (1234, 77), "made": (0, 0)}
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[Shop]:
-    with shop() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

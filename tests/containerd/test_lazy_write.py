@@ -24,7 +24,7 @@ from tests.support.lazy_workloads import (
     usual_namespace,
     workload_node,
 )
-from tests.support.shop import Shop, packed, shop, workshop
+from tests.support.shop import Shop, packed, workshop
 from tests.support.tars import CAPABILITY, directory, file, hardlink, symlink, tar, whiteout
 from tests.support.trees import Item, read_tree
 
@@ -83,12 +83,6 @@ truncate -s 1M sparse; printf end >>sparse
 printf hole | dd of=big bs=1 seek=600000 conv=notrunc
 rm /etc/group; mv /home /houses; ln /bin/cat /bin/cat2
 """
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[Shop]:
-    with shop() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
