@@ -112,7 +112,11 @@ def _listen(server: grpc.Server, address: Path) -> None:
     """Start `server` with its socket at `address`.
 
     gRPC gives its socket the mode that the umask leaves, and that is the whole process's. So the
-    socket is made in a directory that nobody else can enter, and moved when its mode is right.
+    socket is made in a directory that nobody else can enter, and linked when its mode is right.
+
+    Not renamed: between directories only one rename is under way in a whole file system, and it may
+    be that of an overlayfs which copies a file up, and asks our mount for its attributes meanwhile.
+    It would wait for us, and we for it, with everybody else who renames.
     """
     apart = address.with_name(f".{address.name}")
     made = apart / "s"
@@ -127,7 +131,9 @@ def _listen(server: grpc.Server, address: Path) -> None:
         server.add_insecure_port(f"unix:{quote(os.fspath(made))}")
         server.start()
         made.chmod(0o600)
-        made.replace(address)
+        address.unlink(missing_ok=True)
+        address.hardlink_to(made)
+        made.unlink()
         apart.rmdir()
     except (OSError, RuntimeError) as error:  # gRPC raises RuntimeError
         server.stop(None)

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from snapshotter.daemon.open_image import OpenImage
     from snapshotter.daemon.places import Places
     from snapshotter.daemon.process import Stop
+    from snapshotter.fuse.live import Call
     from snapshotter.fuse.view import Views
     from snapshotter.podman.held import HeldImage
     from snapshotter.registry.image import ResolvedImage
@@ -204,9 +205,12 @@ class PodmanLayers:
         """The images that are held, by their manifests' digests, and what podman calls them."""
         return {held.manifest: held.reference for held in self._held.images}
 
-    async def restore(self) -> None:
-        """Show the store, and serve what podman holds of it; before the kernel asks for any."""
+    async def restore(self, *, resumed: bool) -> None:
+        """Show the store, and serve what podman holds of it; before the kernel asks for any.
+        `resumed` says that the FUSE mount is a predecessor's that goes on."""
         self._views.add(self._view)
+        if not resumed:
+            await trio.to_thread.run_sync(self._held.begin_mount)
         for held in self._held.images:
             if not any(held.counts):
                 await trio.to_thread.run_sync(self._held.remove, held)
@@ -256,13 +260,16 @@ class PodmanLayers:
                 layer = self.known(reference, digest)
             return layer
 
-    async def retain(self, reference: str, digest: str) -> None:
-        await self._count(reference, digest, 1)
+    def has_counted(self, call: Call) -> bool:
+        return self._held.has_counted(call)
 
-    async def release(self, reference: str, digest: str) -> None:
-        await self._count(reference, digest, -1)
+    async def retain(self, reference: str, digest: str, call: Call) -> None:
+        await self._count(reference, digest, 1, call)
 
-    async def _count(self, reference: str, digest: str, by: int) -> None:
+    async def release(self, reference: str, digest: str, call: Call) -> None:
+        await self._count(reference, digest, -1, call)
+
+    async def _count(self, reference: str, digest: str, by: int, call: Call) -> None:
         found = self._locate(reference, digest)
         if found is None:
             log.warning("podman counts %s of %s, which is not served", digest, reference)
@@ -271,7 +278,7 @@ class PodmanLayers:
         with trio.CancelScope(shield=True):
             async with self._counting:
                 image.held = await trio.to_thread.run_sync(
-                    self._held.change, image.held, number, by
+                    self._held.change, image.held, number, by, call
                 )
                 image.idle = 0
 

@@ -173,7 +173,7 @@ async def _serve(
         if stay or await trio.to_thread.run_sync(is_shown, places):
             may_build = config.images.build
             layers = PodmanLayers(places, views, images, nursery, may_build=may_build)
-            await layers.restore()
+            await layers.restore(resumed=resumed)
         await answering.start(_serve_mount, views, parts.connection, places, resumed, stop)
         if not resumed:
             await trio.to_thread.run_sync(parts.records.serve, parts.connection.init)

@@ -6,12 +6,23 @@ What the kernel asks about them may take a while to answer, and it may remember 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from snapshotter.fuse.view import View
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request of the kernel, by a number that it has for no other request of this mount. `again`
+    says that it is delivered again: a predecessor has read it, may have done what it means, and has
+    not answered."""
+
+    number: int
+    again: bool
 
 
 class LiveView(View):
@@ -30,10 +41,14 @@ class LiveView(View):
     def entries(self, nid: int) -> Iterable[tuple[bytes, View, int]]:
         """What is listed in a directory."""
 
-    async def noticed_create(self, nid: int, name: bytes) -> bool:
+    def has_noticed(self, call: Call) -> bool:
+        """Whether a predecessor has noticed a call and not answered it."""
+        return False
+
+    async def noticed_create(self, nid: int, name: bytes, call: Call) -> bool:
         """Somebody wants to make a file; tells whether that meant something. None is made."""
         return False
 
-    async def noticed_rmdir(self, nid: int, name: bytes) -> bool:
+    async def noticed_rmdir(self, nid: int, name: bytes, call: Call) -> bool:
         """Somebody wants to remove a directory; tells whether that meant something. None is."""
         return False

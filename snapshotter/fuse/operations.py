@@ -5,8 +5,8 @@
     READDIRPLUS            of the mount's root, and in a live view
     READLINK, LISTXATTR    of everything, and GETXATTR of what has any
     STATFS                 of the mount
-    CREATE, MKNOD, RMDIR   where the mount is bound to be written to: in a live view that may mean
-                           something, elsewhere it is an error
+    CREATE, MKNOD, RMDIR   where the mount is bound to be written to: an error, but in a live view,
+                           where `notices` has them
     any of these           about a slot that is gone: ESTALE
 
 `answers` and `reads` have the rest, and there it says what may be remembered and why. Handles are
@@ -126,28 +126,22 @@ class Operations(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        raise await self._refuse_create(parent_inode, name)
+        raise self._refuse_change(parent_inode)
 
     @_answered
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        raise await self._refuse_create(parent_inode, name)
-
-    async def _refuse_create(self, parent: int, name: bytes) -> pyfuse3.FUSEError:
-        if parent != pyfuse3.ROOT_INODE:
-            view, nid = self._find(parent)
-            if isinstance(view, LiveView) and await view.noticed_create(nid, name):
-                return pyfuse3.FUSEError(errno.ENOENT)
-        return pyfuse3.FUSEError(errno.EROFS)
+        raise self._refuse_change(parent_inode)
 
     @_answered
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        if parent_inode != pyfuse3.ROOT_INODE:
-            view, nid = self._find(parent_inode)
-            if isinstance(view, LiveView) and await view.noticed_rmdir(nid, name):
-                raise pyfuse3.FUSEError(errno.ENOENT)
-        raise pyfuse3.FUSEError(errno.EROFS)
+        raise self._refuse_change(parent_inode)
+
+    def _refuse_change(self, parent: int) -> pyfuse3.FUSEError:
+        if parent != pyfuse3.ROOT_INODE:
+            self._find(parent)
+        return pyfuse3.FUSEError(errno.EROFS)
 
     @_answered
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:

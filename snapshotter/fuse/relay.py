@@ -2,6 +2,7 @@
 
         /dev/fuse ──► Relay ──► Answers    names, attributes, listings: at once
             ▲           ├─────► Reads      data: at once, or when it is here
+            │           ├─────► Notices    changes that mean something, and are none
             │           └─────► socket ──► pyfuse3 (operations)
             └────────── replies ◄─────────────┘
 
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from snapshotter.fuse import device, wire
+from snapshotter.fuse.notices import Notices
 from snapshotter.fuse.reads import Reads
 from snapshotter.fuse.waiters import Waiters
 from snapshotter.fuse.wire import IN_HEADER, Opcode
@@ -71,12 +73,13 @@ class Relay:
             waiters = Waiters(self._fuse, nursery)
             nursery.start_soon(self._copy_replies, waiters, nursery)
             reads = Reads(self._fuse, self._failures, waiters, nursery)
+            notices = Notices(self._fuse, self._views, self._failures, waiters, nursery)
             try:
-                await self._take_requests(waiters, reads)
+                await self._take_requests(waiters, reads, notices)
             except device.DisconnectedError:
                 nursery.cancel_scope.cancel()
 
-    async def _take_requests(self, waiters: Waiters, reads: Reads) -> None:
+    async def _take_requests(self, waiters: Waiters, reads: Reads, notices: Notices) -> None:
         buffer = bytearray(_BUFFER)
         request = memoryview(buffer)
         buffers = (buffer,)
@@ -104,7 +107,10 @@ class Relay:
                 elif opcode == Opcode.INTERRUPT:
                     waiters.interrupt(*wire.INTERRUPT_IN.unpack_from(body))
                 elif (reply := answers.answer(opcode, unique, nodeid, body)) is None:
-                    await self._pass_on(buffer, length, waiters)
+                    (thread,) = wire.THREAD.unpack_from(buffer)
+                    changes = opcode in wire.CHANGED_NAME
+                    if not changes or not notices.begin(opcode, unique, nodeid, thread, body):
+                        await self._pass_on(buffer, length, waiters)
                 elif reply:
                     device.write(fuse, reply)
             if left <= 0:

@@ -41,6 +41,8 @@ class Opcode(enum.IntEnum):
     LOOKUP = 1
     FORGET = 2
     GETATTR = 3
+    MKNOD = 8
+    RMDIR = 11
     OPEN = 14
     READ = 15
     RELEASE = 18
@@ -48,6 +50,7 @@ class Opcode(enum.IntEnum):
     INIT = 26
     OPENDIR = 27
     RELEASEDIR = 29
+    CREATE = 35
     INTERRUPT = 36
     BATCH_FORGET = 42
     READDIRPLUS = 44
@@ -85,6 +88,14 @@ THREAD = struct.Struct("=32xI")
 #   4      4    0, or the negative errno; in a notification its code
 #   8      8    unique of the request; 0 in a notification
 OUT_HEADER = struct.Struct("=IiQ")
+
+RESENT = 1 << 63
+"""FUSE_UNIQUE_RESEND: set in the unique of a request that is delivered again (Linux 6.9). Without
+it, no two requests of a connection have the same."""
+
+CHANGED_NAME = {Opcode.CREATE: 16, Opcode.MKNOD: 16, Opcode.RMDIR: 0}
+"""Where the name begins, after the header, of what is to be made or removed; a zero byte ends it.
+What comes before is fuse_create_in, fuse_mknod_in (protocol 7.12)."""
 
 # What comes after the header of a request
 #

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from index.erofs.reader import Piece
+    from snapshotter.fuse.live import Call
     from snapshotter.fuse.view import Data, View
 
 _ROOT = 1
@@ -60,11 +61,14 @@ class Layers(Protocol):
     async def find(self, reference: str, digest: str) -> StoredLayer | None:
         """A layer of an image, opened if it is not, or None if it is to be pulled as ever."""
 
-    async def retain(self, reference: str, digest: str) -> None:
+    def has_counted(self, call: Call) -> bool:
+        """Whether a predecessor has counted a call."""
+
+    async def retain(self, reference: str, digest: str, call: Call) -> None:
         """Somebody uses a layer; it is on disk when this returns."""
 
-    async def release(self, reference: str, digest: str) -> None:
-        """Somebody does not use it any more; it is on disk when this returns."""
+    async def release(self, reference: str, digest: str, call: Call) -> None:
+        """Somebody does not use it any more; as `retain`."""
 
 
 @dataclass(frozen=True)
@@ -144,19 +148,22 @@ class LayerStoreView(LiveView):
             (b"info", self, self._add(_Node(node.reference, node.digest, b"info"))),
         ]
 
-    async def noticed_create(self, nid: int, name: bytes) -> bool:
+    def has_noticed(self, call: Call) -> bool:
+        return self._source.has_counted(call)
+
+    async def noticed_create(self, nid: int, name: bytes, call: Call) -> bool:
         node = self._node(nid)
         if not node.digest or name != _USE:
             return False
-        await self._source.retain(node.reference, node.digest)
+        await self._source.retain(node.reference, node.digest, call)
         return True
 
-    async def noticed_rmdir(self, nid: int, name: bytes) -> bool:
+    async def noticed_rmdir(self, nid: int, name: bytes, call: Call) -> bool:
         node = self._node(nid)
         digest = _digest(name)
         if not node.reference or node.digest or digest is None:
             return False
-        await self._source.release(node.reference, digest)
+        await self._source.release(node.reference, digest, call)
         return True
 
     async def read(self, nid: int, offset: int, size: int) -> Data:

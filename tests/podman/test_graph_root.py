@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from snapshotter.fuse.live import Call
 from snapshotter.podman.graph_root import GraphRoot, link_name
 from snapshotter.podman.held import HeldImages
 from snapshotter.podman.layer_store import decode_reference, encode_reference
@@ -159,9 +160,14 @@ def test_uses_of_layers_are_counted_on_disk(tmp_path: Path) -> None:
     first = held.add("app:1", "sha256:a", 2)
     second = held.add("app:2", "sha256:b", 3)
     assert (first.number, second.number) == (0, 2)
-    first = held.change(first, 1, 1)
+    first = held.change(first, 1, 1, Call(2, again=False))
     assert HeldImages(path).images == [first, second]
     assert first.counts == [0, 1]
-    assert held.change(first, 0, -1).counts == [0, 1]
+    assert held.change(first, 0, -1, Call(4, again=False)).counts == [0, 1]
+    assert HeldImages(path).has_counted(Call(2, again=True))
+    assert not HeldImages(path).has_counted(Call(2, again=False))
+    assert not HeldImages(path).has_counted(Call(6, again=True))
+    held.begin_mount()
+    assert not HeldImages(path).has_counted(Call(2, again=True))
     held.remove(second)
     assert HeldImages(path).add("app:3", "sha256:c", 1).number == 5

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.awkward import TIMELESS, awkward_layers
-from tests.support.instance import Instance, instance, wait_until
+from tests.support.instance import Instance, greeter, instance, wait_until
 from tests.support.layouts import write_layout
 from tests.support.podman import Podman, podman
 from tests.support.registry import RunningRegistry, skopeo_push
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.root
+
+KILLS = int(os.environ.get("FIRSTBYTE_PODMAN_KILLS", "2"))
+"""How often the daemon is killed while podman does each thing; 1 s each."""
 
 
 @pytest.fixture(scope="module")
@@ -194,21 +198,59 @@ def test_layers_are_served_again_after_a_restart(served: Instance, old: Podman, 
     assert counts(served)[app] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("after", [0.1, 0.4])
-def test_killed_while_podman_pulls_and_removes(
-    served: Instance, old: Podman, app: str, after: float
+DIES = """
+import os, signal
+from snapshotter.cli.main import main
+from snapshotter.podman.held import HeldImages
+
+change = HeldImages.change
+
+def change_and_die(self, *arguments):
+    if os.path.exists({mark!r}):
+        return change(self, *arguments)
+    if {counted}:
+        change(self, *arguments)
+    open({mark!r}, "x").close()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+HeldImages.change = change_and_die
+main()
+"""
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_daemon_that_dies_while_it_counts(
+    served: Instance, old: Podman, app: str, tmp_path: Path, counted: bool
 ) -> None:
-    """podman waits for the next daemon, and its own books are right."""
-    for command in (("pull", "-q", app), ("run", "--rm", app), ("rmi", app)):
+    """Just before a use is on disk, or just after, when podman has no answer yet."""
+    heeded = served.log().count("was heeded before")
+    for command, left in ((("pull", "-q", app), 1), (("rmi", app), 0)):
+        mark = str(tmp_path / command[0])
+        os.kill(greeter(served.state), signal.SIGKILL)
+        program = DIES.format(mark=mark, counted=counted)
+        dies = served.launch(program=(sys.executable, "-c", program))
+        wait_until(lambda: served.answers(dies))  # noqa: B023
         with old.start(*command) as process:
-            time.sleep(after)  # where that is varies; it must be right everywhere
-            os.kill(served.status()["pid"], signal.SIGKILL)
+            assert dies.wait(timeout=30) == -signal.SIGKILL
             served.start()
             _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
-    assert old.images() == {}
-    old.succeed("pull", "-q", app)
-    assert old.succeed("run", "--rm", app) == "third"
+        assert counts(served)[app] == [left] * 3
+    assert served.log().count("was heeded before") - heeded == (2 if counted else 0)
+
+
+def test_killed_while_podman_pulls_and_removes(served: Instance, old: Podman, app: str) -> None:
+    """podman waits for the next daemon, and both have the same in their books."""
+    for round_ in range(KILLS):
+        for *command, left in (("pull", "-q", app, 1), ("run", "--rm", app, 1), ("rmi", app, 0)):
+            with old.start(*command) as process:
+                time.sleep(0.05 + 0.37 * (round_ / KILLS))  # it must be right everywhere
+                os.kill(greeter(served.state), signal.SIGKILL)
+                served.start()
+                _, errors = process.communicate(timeout=60)
+            assert process.returncode == 0, errors
+            assert counts(served).get(app, [0] * 3) == [left] * 3
+        assert old.images() == {}
 
 
 def test_doctor_finds_nothing_to_mend(served: Instance, old: Podman) -> None:
