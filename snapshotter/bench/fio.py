@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-_SECONDS = 2  # of each run
+_SECONDS = 2.0  # of each run
 _LIMIT_SECONDS = 60.0
 _PATTERNS = (("read", "128k"), ("randread", "4k"), ("randread", "128k"))
 _JOBS = (1, 4)
@@ -88,7 +88,7 @@ def compare(roots: Mapping[str, Path], file: str, reference: str, samples: int) 
         "fio on the largest file of a fully local image",
         ("pattern", "jobs", "mode", "MB/s", "p99 µs", "ratio"),
         tuple(rows),
-        f"Medians of {samples} runs of {_SECONDS} s with psync, whose page cache was invalidated "
+        f"Medians of {samples} runs of {_SECONDS:g} s with psync, whose page cache was invalidated "
         f"before. The ratio is to {reference}: above 1 is faster.",
     )
 
@@ -96,7 +96,7 @@ def compare(roots: Mapping[str, Path], file: str, reference: str, samples: int) 
 def _run(path: Path, pattern: str, block: str, jobs: int) -> _Result:
     command = ["fio", "--name=bench", f"--filename={path}", "--readonly", "--ioengine=psync"]
     command += [f"--rw={pattern}", f"--bs={block}", f"--numjobs={jobs}", "--group_reporting"]
-    command += [f"--runtime={_SECONDS}", "--time_based", "--output-format=json"]
+    command += [f"--runtime={round(1e3 * _SECONDS)}ms", "--time_based", "--output-format=json"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=_LIMIT_SECONDS, check=False
     )
