@@ -8,30 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
-import threading
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapshotter.demo.accounts import find_user
 from snapshotter.demo.cgroups import remove_cgroups
 from snapshotter.demo.errors import DemoError
+from snapshotter.demo.foreground import ForegroundContainer
 from snapshotter.demo.workspace import stop_group
 from snapshotter.mounts.errors import MountPointError
 from snapshotter.mounts.syscalls import MountFlag, mount, unmount
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Mapping
 
     from snapshotter.demo.workspace import Workspace
     from snapshotter.registry.manifest import RunConfig
 
 _RUNC_SECONDS = 20.0  # for runc to kill or delete
-_DRAIN_SECONDS = 0.5  # for the rest of the output of a workload that ended
-_KEPT_LINES = 1000  # of the workload's output
 
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -66,22 +61,19 @@ _MOUNTS = (
 )
 
 
-class Container:
+class Container(ForegroundContainer):
     """One container in the workspace, with `lower` as its read-only root file system.
 
     What it writes goes to an overlay in the workspace. `name` must be new in the workspace.
     """
 
     def __init__(self, workspace: Workspace, name: str, lower: Path) -> None:
-        self._workspace = workspace
         self._directory = workspace.directory(name)
         # Names of containers become names of cgroups, which are the machine's: as unique as the
         # workspace's directory.
         self._id = f"{workspace.path.name}-{name}"
         self._lower = lower
-        self._pid_file = self._directory / "pid"
-        self._process: subprocess.Popen[bytes] | None = None
-        self.output = Output()
+        super().__init__(workspace, self._directory / "pid")
 
     def start(self, image: RunConfig, environment: Mapping[str, str]) -> None:
         """Start the image's own command; `environment` goes before what the image sets."""
@@ -95,24 +87,8 @@ class Container:
         specification = _specification(image, root, environment, cgroup=self._id)
         (bundle / "config.json").write_text(json.dumps(specification))
 
-        reader, writer = os.pipe()
-        try:
-            self._process = self._workspace.start(
-                [*self._runc("run"), "--bundle", bundle, "--pid-file", self._pid_file, self._id],
-                output=writer,
-                errors=writer,
-            )
-        finally:
-            os.close(writer)
-            self.output.follow(reader)
-
-    def started(self) -> bool:
-        """Whether runc has started the workload. What is printed before is runc's complaint."""
-        return self._pid_file.exists()
-
-    def exit_status(self) -> int | None:
-        """The workload's exit status; None while it runs."""
-        return self._process.poll() if self._process else None
+        run = [*self._runc("run"), "--bundle", bundle, "--pid-file", self._pid_file, self._id]
+        self._launch(run)
 
     def stop(self) -> None:
         """Kill the workload and remove the container and its mounts; fine if nothing is there."""
@@ -128,51 +104,6 @@ class Container:
 
     def _runc(self, command: str) -> list[str | Path]:
         return ["runc", "--root", self._workspace.directory("runc"), command]
-
-
-class Output:
-    """What a workload prints, gathered by a thread as it comes; keeps the last lines."""
-
-    def __init__(self) -> None:
-        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._changed = threading.Condition()
-        self._count = 0
-        self._reader: threading.Thread | None = None
-
-    def follow(self, descriptor: int) -> None:
-        """Read from a pipe until its end, then close it."""
-        self._reader = threading.Thread(target=self._read, args=(descriptor,), daemon=True)
-        self._reader.start()
-
-    def _read(self, descriptor: int) -> None:
-        with open(descriptor, encoding="utf-8", errors="replace") as stream:
-            for line in stream:
-                with self._changed:
-                    self._lines.append(line.rstrip("\n"))
-                    self._count += 1
-                    self._changed.notify_all()
-
-    def wait(self, count: int, seconds: float) -> tuple[int, list[str]]:
-        """Wait for more than `count` lines, at most `seconds`: how many there are now, and the
-        new ones."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._count > count, seconds)
-            new = min(self._count - count, len(self._lines))
-            return self._count, list(self._lines)[len(self._lines) - new :]
-
-    def last(self, count: int) -> str:
-        """The last lines, for an error message; all is read if the workload has ended."""
-        if self._reader:
-            self._reader.join(_DRAIN_SECONDS)
-        with self._changed:
-            return "\n".join(list(self._lines)[-count:])
-
-
-def read_pid(path: Path) -> int | None:
-    """The process that a runtime has noted in a file; None before that."""
-    with contextlib.suppress(OSError, ValueError):  # not there yet, or not written yet
-        return int(path.read_text())
-    return None
 
 
 def _specification(

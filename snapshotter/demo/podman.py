@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 from typing import TYPE_CHECKING
 
 from snapshotter.demo.cgroups import remove_cgroups
-from snapshotter.demo.container import Output, read_pid
 from snapshotter.demo.errors import DemoError
+from snapshotter.demo.foreground import ForegroundContainer
 from snapshotter.demo.workspace import mounts_below, stop_group
 from snapshotter.mounts.errors import MountError
 from snapshotter.mounts.syscalls import unmount
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
@@ -111,7 +109,7 @@ class Podman:
         return ["env", *(f"{key}={value}" for key, value in settings.items()), "podman", *arguments]
 
 
-class PodmanContainer:
+class PodmanContainer(ForegroundContainer):
     """One container of a podman; `name` must be new in it. It runs the image's own command, or
     `command`, in the host's network, or in the network namespace at a path."""
 
@@ -124,14 +122,12 @@ class PodmanContainer:
         command: Sequence[str] = (),
         network: Path | None = None,
     ) -> None:
+        super().__init__(podman.workspace, podman.directory / f"{name}.pid")
         self._podman = podman
         self._name = name
         self._reference = reference
         self._command = command
         self._network = network
-        self._pid_file = podman.directory / f"{name}.pid"
-        self._process: subprocess.Popen[bytes] | None = None
-        self.output = Output()
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Start it; `environment` goes before what the image sets."""
@@ -148,25 +144,7 @@ class PodmanContainer:
             self._reference,
             *self._command,
         )
-        reader, writer = os.pipe()
-        try:
-            # It stays, passes on what the workload prints, and ends with its exit status.
-            self._process = podman.workspace.start(command, output=writer, errors=writer)
-        finally:
-            os.close(writer)
-            self.output.follow(reader)
-
-    def started(self) -> bool:
-        """Whether podman has made the container. What is printed before is podman's complaint."""
-        return self.pid() is not None
-
-    def pid(self) -> int | None:
-        """The workload's process, once the container was made; its program may start later."""
-        return read_pid(self._pid_file)
-
-    def exit_status(self) -> int | None:
-        """The workload's exit status; None while it runs."""
-        return self._process.poll() if self._process else None
+        self._launch(command)
 
     def stop(self) -> None:
         """Kill the workload and remove the container; fine if nothing is there."""

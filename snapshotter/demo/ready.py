@@ -13,7 +13,7 @@ from snapshotter.demo.interruption import POLL_SECONDS
 if TYPE_CHECKING:
     import re
 
-    from snapshotter.demo.container import Output
+    from snapshotter.demo.foreground import Output
     from snapshotter.demo.interruption import Interruption
 
 _START_POLL_SECONDS = 0.005

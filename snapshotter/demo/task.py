@@ -6,16 +6,14 @@ Source: `ctr run --help` and `ctr tasks --help` of containerd 1.6.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from typing import TYPE_CHECKING, Protocol
 
-from snapshotter.demo.container import Output, read_pid
 from snapshotter.demo.errors import DemoError
+from snapshotter.demo.foreground import ForegroundContainer
 from snapshotter.demo.workspace import stop_group
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
@@ -37,7 +35,7 @@ class Runner(Protocol):
         """The command line of ctr for this containerd."""
 
 
-class Task:
+class Task(ForegroundContainer):
     """One container of `containerd`; `name` must be new in it. It runs the image's own command, or
     `command`, in the host's network, or in the network namespace at a path."""
 
@@ -50,14 +48,12 @@ class Task:
         command: Sequence[str] = (),
         network: Path | None = None,
     ) -> None:
+        super().__init__(containerd.workspace, containerd.directory / f"{name}.pid")
         self._containerd = containerd
         self._name = name
         self._reference = reference
         self._command = command
         self._network = network
-        self._pid_file = containerd.directory / f"{name}.pid"
-        self._process: subprocess.Popen[bytes] | None = None
-        self.output = Output()
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Start it; `environment` goes before what the image sets."""
@@ -76,25 +72,7 @@ class Task:
             self._name,
             *self._command,
         )
-        reader, writer = os.pipe()
-        try:
-            # ctr stays, passes on what the workload prints, and ends with its exit status
-            self._process = containerd.workspace.start(command, output=writer, errors=writer)
-        finally:
-            os.close(writer)
-            self.output.follow(reader)
-
-    def started(self) -> bool:
-        """Whether containerd has made the container. What is printed before is ctr's complaint."""
-        return self.pid() is not None
-
-    def pid(self) -> int | None:
-        """The workload's process, once the container was made; its program may start later."""
-        return read_pid(self._pid_file)
-
-    def exit_status(self) -> int | None:
-        """The workload's exit status; None while it runs."""
-        return self._process.poll() if self._process else None
+        self._launch(command)
 
     def stop(self) -> None:
         """Kill the workload and remove the container; fine if nothing is there."""

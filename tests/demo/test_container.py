@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,8 +15,11 @@ from snapshotter.demo.errors import DemoError
 from snapshotter.demo.ready import HttpProbe, LineProbe, SignOfLifeProbe, wait_ready
 from snapshotter.demo.workspace import mounts_below, stop_group
 from snapshotter.registry.manifest import RunConfig
+from tests.support.cgroups import cgroups_named
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from snapshotter.demo.ready import Probe
     from snapshotter.demo.workspace import Workspace
 
@@ -41,10 +43,6 @@ def output(workspace: Workspace, rootfs: Path, image: RunConfig, **environment: 
     _, lines = container.output.wait(0, 0)
     container.stop()
     return lines[: lines.index("done")]
-
-
-def cgroups(name: str) -> list[Path]:
-    return list(Path("/sys/fs/cgroup").glob(f"**/*{name}*"))
 
 
 def test_it_runs_the_images_command_as_the_images_user(workspace: Workspace, rootfs: Path) -> None:
@@ -80,11 +78,11 @@ def test_after_stopping_nothing_is_left(workspace: Workspace, rootfs: Path) -> N
     container = Container(workspace, "test", rootfs)
     container.start(shell("sleep 600 & sleep 600 & echo done; sleep 600"), {})
     wait_ready(DONE, container, workspace.interruption, SECONDS)
-    assert cgroups(workspace.path.name)
+    assert cgroups_named(workspace.path.name)
     container.stop()
     container.stop()
     assert mounts_below(workspace.path) == []
-    assert cgroups(workspace.path.name) == []
+    assert cgroups_named(workspace.path.name) == []
     assert workspace.run(["runc", "--root", workspace.path / "runc", "list", "-q"], seconds=9) == ""
 
 
@@ -96,7 +94,7 @@ def test_a_container_that_is_stopped_at_once_leaves_nothing(
         container.start(shell("sleep 600"), {})
         workspace.interruption.sleep(0.02 * attempt)
         container.stop()
-        assert cgroups(workspace.path.name) == []
+        assert cgroups_named(workspace.path.name) == []
     assert mounts_below(workspace.path) == []
 
 

@@ -14,6 +14,7 @@ from snapshotter.demo.ready import LineProbe, SignOfLifeProbe, wait_ready
 from snapshotter.demo.registry import LocalRegistry
 from snapshotter.demo.task import Task
 from snapshotter.demo.workspace import marked_processes, mounts_below
+from tests.support.cgroups import cgroups_named
 from tests.support.layouts import write_layout
 from tests.support.rootfs import as_layer
 
@@ -59,7 +60,8 @@ def talks(registry: LocalRegistry, containerd: Containerd, layout: Path) -> str:
 
 def left(workspace: Workspace) -> list[str]:
     """What containers leave: cgroups, mounts, and all processes but containerd and the registry."""
-    found = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{workspace.path.name}*/*/")]
+    tops = cgroups_named(workspace.path.name)
+    found = [str(path) for top in tops for path in top.glob("*/")]
     found += map(str, mounts_below(workspace.path))
     for pid in marked_processes(workspace.path):
         name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
@@ -98,7 +100,7 @@ def test_what_is_left_of_a_container_ends_with_containerd(
     assert left(workspace)
     containerd.stop()
     containerd.stop()
-    assert list(Path("/sys/fs/cgroup").glob(f"**/{workspace.path.name}*")) == []
+    assert cgroups_named(workspace.path.name) == []
     assert not socket.exists()
 
 
@@ -114,7 +116,7 @@ def test_a_container_that_is_stopped_at_once_leaves_nothing(
         task.stop()
     sockets += shim_sockets(workspace)
     containerd.stop()
-    assert list(Path("/sys/fs/cgroup").glob(f"**/{workspace.path.name}*")) == []
+    assert cgroups_named(workspace.path.name) == []
     assert [path for path in sockets if path.exists()] == []
 
 

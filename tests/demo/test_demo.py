@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from snapshotter.mounts.table import read_mounts
+from tests.support.cgroups import cgroups_named
 from tests.support.layouts import write_layout
 from tests.support.rootfs import as_layer
 
@@ -130,7 +131,7 @@ def traces(directory: str, names: set[str]) -> list[str]:
             if os.fsencode(directory) in (entry / "environ").read_bytes():
                 found.append(f"process {entry.name}")
     for name in names:
-        found += [f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob(f"**/{name}*")]
+        found += [f"cgroup {path}" for path in cgroups_named(name)]
     return found
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from snapshotter.bench.coldstart.catalogue import Check
     from snapshotter.bench.link.namespaces import Connector
-    from snapshotter.demo.container import Output
+    from snapshotter.demo.foreground import Output
 
 _ANSWER_SECONDS = 10.0
 _PAUSE_SECONDS = 0.005  # between attempts while nobody listens
