@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import shutil
 import statistics
-import subprocess
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from snapshotter.bench.errors import BenchError
 from snapshotter.bench.tables import Cell, Table
 from snapshotter.bench.timing import interleaved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
+
+    from snapshotter.demo.workspace import Workspace
 
 _SECONDS = 2.0  # of each run
 _LIMIT_SECONDS = 60.0
@@ -56,17 +56,19 @@ def installed() -> bool:
     return shutil.which("fio") is not None
 
 
-def compare(roots: Mapping[str, Path], file: str, reference: str, samples: int) -> Table:
+def compare(
+    workspace: Workspace, roots: Mapping[str, Path], file: str, reference: str, samples: int
+) -> Table:
     """Run fio on `file` in each of the trees; ratios are to that of the name `reference`.
 
     The page cache is warm after the first run: what is measured is the way through the kernel and,
-    where it is asked, the daemon. Raises BenchError.
+    where it is asked, the daemon. Raises DemoError.
     """
     rows: list[tuple[Cell, ...]] = []
     for pattern, block in _PATTERNS:
         for jobs in _JOBS:
             runs: dict[str, Callable[[], _Result]] = {
-                name: partial(_run, root / file, pattern, block, jobs)
+                name: partial(_run, workspace, root / file, pattern, block, jobs)
                 for name, root in roots.items()
             }
             found = {
@@ -93,14 +95,10 @@ def compare(roots: Mapping[str, Path], file: str, reference: str, samples: int) 
     )
 
 
-def _run(path: Path, pattern: str, block: str, jobs: int) -> _Result:
+def _run(workspace: Workspace, path: Path, pattern: str, block: str, jobs: int) -> _Result:
     command = ["fio", "--name=bench", f"--filename={path}", "--readonly", "--ioengine=psync"]
     command += [f"--rw={pattern}", f"--bs={block}", f"--numjobs={jobs}", "--group_reporting"]
     command += [f"--runtime={round(1e3 * _SECONDS)}ms", "--time_based", "--output-format=json"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=_LIMIT_SECONDS, check=False
-    )
-    if done.returncode:
-        raise BenchError(f"fio cannot read {path}", hint=done.stderr[-300:])
-    (job,) = msgspec.json.decode(done.stdout, type=_Output).jobs
+    output = workspace.run(command, seconds=_LIMIT_SECONDS)
+    (job,) = msgspec.json.decode(output, type=_Output).jobs
     return _Result(job.read.bw_bytes, job.read.clat_ns.percentile.get(_P99, 0) / 1e9)

@@ -14,10 +14,10 @@ from snapshotter.bench.building import build
 from snapshotter.bench.images import copy_image
 from snapshotter.bench.node import running_node
 from snapshotter.bench.reading import unpack
-from snapshotter.bench.registry import running_registry
 from snapshotter.bench.tables import Table
 from snapshotter.bench.timing import drop_caches, interleaved
 from snapshotter.bench.workloads import list_files, read_everything
+from snapshotter.demo.registry import LocalRegistry
 from snapshotter.images import artifact
 from snapshotter.registry.credentials import CredentialStore
 from snapshotter.registry.layout import PREFIX
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from index.file import FileIndex
     from snapshotter.bench.images import StoredImage
     from snapshotter.bench.workloads import Files
+    from snapshotter.demo.workspace import Workspace
 
 _PAGE = 4 << 10  # bytes of the very first read
 
@@ -44,31 +45,30 @@ class _Start(NamedTuple):
     everything: float
 
 
-def first_read(image: StoredImage, directory: Path, samples: int) -> Table:
+def first_read(image: StoredImage, workspace: Workspace, samples: int) -> Table:
     """Mount an image and read all of it at once, from several places. Needs root.
 
-    Compared with unpacking it first, which is what happens when nothing is lazy. Everything is
-    made in a new `directory`.
+    Compared with unpacking it first, which is what happens when nothing is lazy.
     """
-    directory.mkdir()
+    directory = workspace.directory("first")
     unpacked = directory / "unpacked"
     unpack(image, unpacked)
     files = list_files(unpacked)
     shutil.rmtree(unpacked)
-    with running_registry(directory / "registry") as host:
-        indexed, registry = f"{PREFIX}{directory / 'indexed'}", f"{host}/bench:latest"
-        trio.run(_publish, image, build(image), (indexed, registry))
-        starts: dict[str, Callable[[], _Start]] = {
-            "unpack with tar, then read": partial(_unpack_and_read, image, unpacked, files)
-        }
-        for name, reference in (
-            ("OCI layout on disk", indexed),
-            ("OCI layout on disk, without an index", image.reference),
-            ("registry on loopback", registry),
-        ):
-            mount = partial(_mount_and_read, reference, directory / "lazy", files)
-            starts[f"mount lazily: {name}"] = mount
-        measured = interleaved(samples, starts)
+    host = LocalRegistry(workspace).host
+    indexed, registry = f"{PREFIX}{directory / 'indexed'}", f"{host}/bench:latest"
+    trio.run(_publish, image, build(image), (indexed, registry))
+    starts: dict[str, Callable[[], _Start]] = {
+        "unpack with tar, then read": partial(_unpack_and_read, image, unpacked, files)
+    }
+    for name, reference in (
+        ("OCI layout on disk", indexed),
+        ("OCI layout on disk, without an index", image.reference),
+        ("registry on loopback", registry),
+    ):
+        mount = partial(_mount_and_read, workspace, reference, files)
+        starts[f"mount lazily: {name}"] = mount
+    measured = interleaved(samples, starts)
     typical = {
         name: _Start(*map(statistics.median, zip(*times, strict=True)))
         for name, times in measured.items()
@@ -97,13 +97,13 @@ def _unpack_and_read(image: StoredImage, target: Path, files: Files) -> _Start:
     return start
 
 
-def _mount_and_read(reference: str, directory: Path, files: Files) -> _Start:
-    target = directory / "mounted"
-    target.mkdir(parents=True)
-    with running_node(directory) as node:
+def _mount_and_read(workspace: Workspace, reference: str, files: Files) -> _Start:
+    directory = workspace.directory("node-first")
+    target = workspace.directory("node-first", "mounted")
+    with running_node(workspace, directory.name) as node:
         drop_caches()
         began = time.perf_counter()
-        node.mount(reference, target, wait_local=False)
+        node.show(reference, target, wait_local=False)
         start = _read(target, files, began)
     shutil.rmtree(directory)
     return start

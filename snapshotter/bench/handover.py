@@ -21,12 +21,14 @@ from snapshotter.bench.images import ZSTD_FRAMES, write_image
 from snapshotter.bench.mounting import silent_registry, take_in
 from snapshotter.bench.node import running_node
 from snapshotter.bench.tables import Cell, Table
+from snapshotter.bench.timing import fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from snapshotter.bench.node import Node
+    from snapshotter.demo.workspace import Workspace
 
 SETTLE = 0.5
 """Seconds of reading before and after each change."""
@@ -38,25 +40,24 @@ _NOTABLE = 0.002  # seconds of a read from which on it is noted
 _SEED = 1
 
 
-def handover(directory: Path, images: int, files: int, samples: int) -> list[Table]:
+def handover(workspace: Workspace, images: int, files: int, samples: int) -> list[Table]:
     """Replace and kill the daemon of `images` images with so many `files` in all, `samples` times.
 
-    Needs root. Everything is made in a new `directory`. Raises BenchError if a read fails or gives
-    other bytes.
+    Needs root. Raises BenchError if a read fails or gives other bytes.
     """
-    directory.mkdir()
+    directory = workspace.directory("handover")
     content = random.Random(_SEED).randbytes(_SIZE)  # noqa: S311  (made-up data)
     folder = directory / "content"
     folder.mkdir()
     (folder / "file").write_bytes(content)
     image = write_image(directory / "image", ZSTD_FRAMES, corpus.pack([folder], None, directory))
     rows: list[tuple[Cell, ...]] = []
-    with silent_registry() as host, running_node(directory / "node") as node:
+    with silent_registry() as host, running_node(workspace, "node-handover") as node:
         before = node.memory()
         _mount_others(node, host, directory, images - 1, files // max(images - 1, 1))
         read = directory / "read"
         read.mkdir()
-        node.mount(image.reference, read, wait_local=True, mode="fuse")
+        node.show(image.reference, read, wait_local=True, mode="fuse")
         after = node.memory()
         (path,) = read.rglob("file")
         changes: tuple[tuple[str, Callable[[], None]], ...] = (
@@ -96,7 +97,7 @@ def _mount_others(node: Node, host: str, directory: Path, images: int, files: in
         target.mkdir()
         place = directory / f"image-{number}"
         reference = take_in(node, files + number, place, target, host)
-        node.mount(reference, target, wait_local=False, mode="erofs")
+        node.show(reference, target, wait_local=False, mode="erofs")
 
 
 def _measure(
@@ -121,11 +122,12 @@ def _reader(path: Path, content: bytes, notes: Path) -> Iterator[Callable[[float
     Yields what tells the seconds that the longest read between two times (time.monotonic) took.
     """
     notes.touch()
-    child = os.fork()
+    parent = os.getpid()
+    child = fork()
     if not child:
         status = 1
         try:
-            _read(path, content, notes)
+            _read(path, content, notes, parent)
         except Exception as error:
             notes.write_text(f"failed: {error}")
         finally:
@@ -149,15 +151,16 @@ def _reader(path: Path, content: bytes, notes: Path) -> Iterator[Callable[[float
         os.waitpid(child, 0)
 
 
-def _read(path: Path, content: bytes, notes: Path) -> None:
-    """For ever: verify pages at random, and note when a read took long. Raises BenchError."""
+def _read(path: Path, content: bytes, notes: Path, parent: int) -> None:
+    """As long as this process has its parent: verify pages at random, and note when a read took
+    long. Raises BenchError."""
     rng = random.Random(_SEED)  # noqa: S311  (a measurement)
     with ExitStack() as stack:
         file = os.open(path, os.O_RDONLY | os.O_DIRECT)
         stack.callback(os.close, file)
         page = stack.enter_context(mmap.mmap(-1, _PAGE))  # direct reads want whole pages
         out = stack.enter_context(notes.open("a", buffering=1))
-        while True:
+        while os.getppid() == parent:
             offset = rng.randrange(_SIZE // _PAGE) * _PAGE
             began = time.monotonic()
             if os.preadv(file, [page], offset) != _PAGE or page[:] != content[offset:][:_PAGE]:

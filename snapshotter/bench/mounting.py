@@ -28,19 +28,20 @@ if TYPE_CHECKING:
 
     from index.file import FileIndex
     from snapshotter.bench.node import Node
+    from snapshotter.demo.workspace import Workspace
 
 _MODES = ("fuse", "erofs")  # native needs the data, and there is none
 
 
-def mounting(count: int, directory: Path, samples: int) -> Table:
+def mounting(count: int, workspace: Workspace, samples: int) -> Table:
     """Mount a made-up image of so many files, of which nothing but the index is on the node.
 
-    Needs root. Everything is made in a new `directory`.
+    Needs root.
     """
-    target = directory / "mounted"
-    target.mkdir(parents=True)
+    directory = workspace.directory("large")
+    target = workspace.directory("large", "mounted")
     rows: list[tuple[Cell, ...]] = []
-    with silent_registry() as host, running_node(directory / "node") as node:
+    with silent_registry() as host, running_node(workspace, "node-large") as node:
         before = node.memory()
         reference = take_in(node, count, directory / "image", target, host)
         for mode in _MODES:
@@ -50,7 +51,7 @@ def mounting(count: int, directory: Path, samples: int) -> Table:
                     prepare()
                     times.append(_mount(node, reference, target, mode))
                     memory = node.memory()
-                    node.umount(target)
+                    node.hide(target)
                 rows.append((mode, cache, statistics.median(times), max(times), *memory))
     return Table(
         f"Mounting an image of {count} files whose index is on the node",
@@ -73,8 +74,8 @@ def take_in(node: Node, count: int, directory: Path, target: Path, host: str) ->
     index = make_index(count)
     packed.write_bytes(index.packed())
     digest = trio.run(_write_image, Layout(layout), index)
-    node.mount(f"{PREFIX}{layout}", target, wait_local=False, mode="erofs", index=packed)
-    node.umount(target)
+    node.show(f"{PREFIX}{layout}", target, wait_local=False, mode="erofs", index=packed)
+    node.hide(target)
     return f"{host}/bench@{digest}"
 
 
@@ -88,7 +89,7 @@ def silent_registry() -> Iterator[str]:
 def _mount(node: Node, reference: str, target: Path, mode: str) -> float:
     """Milliseconds."""
     began = time.perf_counter()
-    node.mount(reference, target, wait_local=False, mode=mode)
+    node.show(reference, target, wait_local=False, mode=mode)
     return 1e3 * (time.perf_counter() - began)
 
 

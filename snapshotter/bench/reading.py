@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from snapshotter.bench.images import StoredImage
     from snapshotter.bench.workloads import Workload
+    from snapshotter.demo.workspace import Workspace
 
 MODES = ("fuse", "erofs", "native")
 
@@ -31,22 +32,22 @@ _OVERLAY = "overlayfs"
 _WARM_RUNS = 5
 
 
-def compare(image: StoredImage, directory: Path, samples: int) -> list[Table]:
-    """Mount and unpack the image in a new `directory`, and do the same to all. Needs root.
+def compare(image: StoredImage, workspace: Workspace, samples: int) -> list[Table]:
+    """Mount and unpack the image, and do the same to all. Needs root.
 
     A table for each mode; all are of the same run. One more of fio, if that is installed.
     """
-    directory.mkdir()
+    directory = workspace.directory("local")
     unpacked = directory / "unpacked"
     unpack(image, unpacked)
     files = list_files(unpacked)
     rows: dict[str, list[tuple[Cell, ...]]] = {mode: [] for mode in MODES}
-    with running_node(directory / "node") as node, _overlay(unpacked, directory) as overlay:
+    with running_node(workspace, "node-local") as node, _overlay(unpacked, directory) as overlay:
         roots = {_OVERLAY: overlay}
         for mode in MODES:
             roots[mode] = directory / mode
             roots[mode].mkdir()
-            node.mount(image.reference, roots[mode], wait_local=True, mode=mode)
+            node.show(image.reference, roots[mode], wait_local=True, mode=mode)
         for workload in workloads(files):
             for cache, run in (("dropped", _cold), ("warm", _warm)):
                 timings = interleaved(
@@ -58,7 +59,9 @@ def compare(image: StoredImage, directory: Path, samples: int) -> list[Table]:
                     rows[mode].append((*what, *rates))
         resident, private = node.memory()
         largest = max(files.regular, key=lambda file: file[1])[0]
-        with_fio = [fio.compare(roots, largest, _OVERLAY, samples)] if fio.installed() else []
+        with_fio = (
+            [fio.compare(workspace, roots, largest, _OVERLAY, samples)] if fio.installed() else []
+        )
     note = (
         f"{files.names} names, {files.size / 1e6:.0f} MB. Medians of {samples} rounds, and their "
         "ratio: above 1 FirstByte is faster. Lowest and highest: that of single rounds. A warm "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import time
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _PAGES_AND_INODES = "3"  # Linux, Documentation/admin-guide/sysctl/vm.rst
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _K = TypeVar("_K")
 _T = TypeVar("_T")
@@ -53,16 +56,39 @@ def at_once(works: Sequence[Callable[[], None]]) -> Timing:
         os.close(gate[1])
         statuses.extend(os.waitpid(child, 0)[1] for child in children)
 
-    timing = once(work)
-    os.close(ready[0])
+    try:
+        timing = once(work)
+    except BaseException:  # interrupted: nobody is to go on reading
+        for child in children[len(statuses) :]:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        raise
+    finally:
+        os.close(ready[0])
     if waiting < len(works) or any(statuses):
         raise BenchError("one of several processes that were measured failed")
     return timing
 
 
+def fork() -> int:
+    """`os.fork` in which no signal is lost: Python calls some functions then, and forgets what a
+    handler raises in them. The child is ended by signals: what they mean is its parent's business.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        child = os.fork()
+        if not child:
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+        return child
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _fork(work: Callable[[], None], ready: tuple[int, int], gate: tuple[int, int]) -> int:
     """A child that says when it is ready, works when the gate's last writer is gone, and ends."""
-    child = os.fork()
+    parent = os.getpid()
+    child = fork()
     if child:
         return child
     status = 1
@@ -71,8 +97,9 @@ def _fork(work: Callable[[], None], ready: tuple[int, int], gate: tuple[int, int
         os.write(ready[1], b"+")
         os.close(ready[1])
         os.read(gate[0], 1)
-        work()
-        status = 0
+        if os.getppid() == parent:  # else it was interrupted
+            work()
+            status = 0
     finally:
         os._exit(status)
 

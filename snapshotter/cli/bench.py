@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,19 +19,18 @@ from snapshotter.bench.layers import many_layers
 from snapshotter.bench.link.link import DistantRegistry
 from snapshotter.bench.link.profiles import LinkProfile
 from snapshotter.cli import cold_start
-from snapshotter.cli.benching import bench_workspace, say, show
-from snapshotter.cli.connection import json_option
+from snapshotter.cli.benching import bench_workspace, output_options, say, show
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from snapshotter.bench.tables import Table
 
 _MOUNTED_FILES = 1_000_000
 _OPENED_FILES = (28_000, _MOUNTED_FILES)  # a large language runtime, and the largest images known
 _LAYERS = (127, 200)  # docker's limit, and beyond
+_SAMPLES = 5
 _POLL_SECONDS = 0.02
-_PARENT = Path("/var/tmp")  # noqa: S108  (on a disk, as images are; the name in it is random)
 
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,24 +43,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
         multiple=True,
         help="Directories to measure with, each a layer [default: some of this machine's "
         f"programs, {corpus.DEFAULT_LIMIT >> 20} MiB of each directory].",
-    )(_output_options(command))
-
-
-def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What every benchmark takes."""
-    for option in (
-        click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown tables."),
-        json_option,
-        click.option(
-            "--samples",
-            type=click.IntRange(min=1),
-            default=5,
-            show_default=True,
-            help="How often everything is measured.",
-        ),
-    ):
-        command = option(command)
-    return command
+    )(output_options(_SAMPLES)(command))
 
 
 @click.group()
@@ -83,13 +62,13 @@ for command in cold_start.COMMANDS:
 @_options
 def index(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown: bool) -> None:
     """Building, opening, checking and mounting file indexes, and their size."""
-    with _workspace() as workspace:
-        conditions = Conditions(workspace)
-        layers = _pack(directories, workspace)
+    with bench_workspace(computing=True) as workspace:
+        conditions = Conditions(workspace.path)
+        layers = _pack(directories, workspace.path)
         images = []
         for number, form in enumerate(FORMS):
             say(f"compressing the layers: {form.name}")
-            images.append(write_image(workspace / f"image-{number}", form, layers))
+            images.append(write_image(workspace.path / f"image-{number}", form, layers))
         gzip = images[FORMS.index(GZIP)]
         results: list[Table] = []
         say("building indexes")
@@ -100,9 +79,9 @@ def index(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdow
         say("compressing the layers into frames of several sizes")
         results.append(building.frames(layers, gzip.size))
         say(f"opening indexes of up to {max(_OPENED_FILES)} files")
-        results += opening.opening(_OPENED_FILES, workspace, samples)
+        results += opening.opening(_OPENED_FILES, workspace.path, samples)
         say(f"mounting an image of {_MOUNTED_FILES} files")
-        results.append(mounting.mounting(_MOUNTED_FILES, workspace / "large", samples))
+        results.append(mounting.mounting(_MOUNTED_FILES, workspace, samples))
         show([conditions.table(), *results], as_json, as_markdown)
 
 
@@ -110,17 +89,17 @@ def index(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdow
 @_options
 def read(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown: bool) -> None:
     """Reading through a lazy mount in each mode, against overlayfs on the same disk."""
-    with _workspace() as workspace:
-        conditions = Conditions(workspace)
-        layers = _pack(directories, workspace)
+    with bench_workspace(computing=True) as workspace:
+        conditions = Conditions(workspace.path)
+        layers = _pack(directories, workspace.path)
         say(f"compressing the layers: {GZIP.name}")
-        image = write_image(workspace / "image", GZIP, layers)
+        image = write_image(workspace.path / "image", GZIP, layers)
         say("reading a fully local image")
         if not fio.installed():
             say("without fio, which is not installed: 'scripts/setup bench' does that")
-        results = reading.compare(image, workspace / "local", samples)
+        results = reading.compare(image, workspace, samples)
         say("reading an image of which nothing is local")
-        results.append(first_read.first_read(image, workspace / "first", samples))
+        results.append(first_read.first_read(image, workspace, samples))
         show([conditions.table(), *results], as_json, as_markdown)
 
 
@@ -139,13 +118,13 @@ def read(directories: tuple[Path, ...], samples: int, as_json: bool, as_markdown
     show_default=True,
     help="How many files they have in all.",
 )
-@_output_options
+@output_options(_SAMPLES)
 def handover(images: int, files: int, samples: int, as_json: bool, as_markdown: bool) -> None:
     """How long readers wait while the daemon is replaced, or dies; its memory with many images."""
-    with _workspace() as workspace:
-        conditions = Conditions(workspace)
+    with bench_workspace(computing=True) as workspace:
+        conditions = Conditions(workspace.path)
         say(f"mounting {images} images with {files} files")
-        results = many_mounts.handover(workspace / "handover", images, files, samples)
+        results = many_mounts.handover(workspace, images, files, samples)
         show([conditions.table(), *results], as_json, as_markdown)
 
 
@@ -160,7 +139,7 @@ def handover(images: int, files: int, samples: int, as_json: bool, as_markdown: 
     show_default=True,
     help="How many layers are many; may be given several times.",
 )
-@_output_options
+@output_options(_SAMPLES)
 def layers(counts: tuple[int, ...], samples: int, as_json: bool, as_markdown: bool) -> None:
     """Starting an image of many layers with containerd, against the same in one."""
     with bench_workspace() as workspace:
@@ -207,14 +186,6 @@ def link(profile: str, command: tuple[str, ...]) -> None:
             f"requests ({carried.failed} failed), {carried.connections} connections"
         )
     sys.exit(process.returncode)
-
-
-@contextmanager
-def _workspace() -> Iterator[Path]:
-    """A directory that goes in the end, however this ends: SIGTERM is treated like Ctrl-C."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="firstbyte-bench-", dir=_PARENT) as directory:
-        yield Path(directory)
 
 
 def _pack(directories: Sequence[Path], workspace: Path) -> tuple[corpus.RawLayer, ...]:

@@ -20,7 +20,13 @@ from snapshotter.bench.conditions import Conditions
 from snapshotter.bench.link import profiles
 from snapshotter.bench.link.profiles import LinkProfile
 from snapshotter.bench.recipes.build import DEFAULT_CACHE, Builder
-from snapshotter.cli.benching import bench_workspace, say, show
+from snapshotter.cli.benching import (
+    bench_workspace,
+    output_options,
+    samples_option,
+    say,
+    show,
+)
 from snapshotter.cli.connection import json_option
 
 if TYPE_CHECKING:
@@ -94,13 +100,7 @@ _modes_option = click.option(
     help="A network link, as 200mbit-20ms or 20mbit-150ms-1%; `standard` is all of "
     f"{', '.join(link.name for link in profiles.STANDARD)}.",
 )
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=5,
-    show_default=True,
-    help="How often everything is measured.",
-)
+@samples_option(5)
 @click.option(
     "--budget",
     metavar="MINUTES",
@@ -176,16 +176,8 @@ def cold_start(
 def _table_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What the smaller benchmarks take. Each prints one table, with the conditions."""
     for option in (
-        json_option,
-        click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown tables."),
+        output_options(3),
         _cache_option,
-        click.option(
-            "--samples",
-            type=click.IntRange(min=1),
-            default=3,
-            show_default=True,
-            help="How often everything is measured.",
-        ),
         click.option(
             "--link",
             "link_name",

@@ -2,7 +2,8 @@
 
 A signal that raised wherever the program happens to be could come between starting a process and
 noting that it has to be stopped. Here it only sets a flag: work ends at the next `check`, which is
-never more than POLL_SECONDS away, and nothing is ever half started.
+never more than POLL_SECONDS away, and nothing is ever half started. Work that has no such places,
+as computing has none, is done in a block of `at_once`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import select
 import signal
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import FrameType, TracebackType
 
 POLL_SECONDS = 0.1
@@ -34,6 +37,7 @@ class Interruption:
     def __init__(self) -> None:
         self._arrived = 0
         self._armed = True
+        self._at_once = False
         self._former: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> Self:
@@ -51,7 +55,28 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._arrived = self._arrived or number
+        first, self._arrived = not self._arrived, self._arrived or number
+        if first and self._at_once:
+            signal.raise_signal(signal.SIGINT)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal end the block wherever it is. What is half started then, the workspace finds
+        by its marks.
+
+        It is Python's own Ctrl-C until it leaves the block: trio knows what to do with that one.
+        """
+        former = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._at_once = True
+        try:
+            yield
+        except (KeyboardInterrupt, BaseExceptionGroup) as error:
+            if isinstance(error, BaseExceptionGroup) and not error.subgroup(KeyboardInterrupt):
+                raise
+            raise InterruptedBySignal(self._arrived or signal.SIGINT) from None
+        finally:
+            self._at_once = False
+            signal.signal(signal.SIGINT, former)
 
     def check(self) -> None:
         """Raise InterruptedBySignal if a signal has arrived."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import trio
 
 from snapshotter.daemon import client, protocol
 from snapshotter.daemon.config import SOCKET_NAME
+from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.places import Places
 from snapshotter.demo.errors import DemoError
 from snapshotter.demo.workspace import stop_group
@@ -47,7 +49,7 @@ _BUILD_SECONDS = 3600.0
 _START_SECONDS = 30.0
 _MOUNT_SECONDS = 120.0
 _COMMAND_SECONDS = 30.0
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.02
 
 
 class Local(NamedTuple):
@@ -84,24 +86,23 @@ class Node:
         """Without `background` only what is read is downloaded, as where the disk is full."""
         self._workspace = workspace
         directory = workspace.directory(name)
-        self.places = places = Places(directory / "root", directory / "state")
+        self.places = Places(directory / "root", directory / "state")
         configuration = directory / "config.toml"
         text = _CONFIGURATION.format(directory=directory)
         if not background:
             text += _FULL.format(free=shutil.disk_usage(directory).free + _MARGIN)
         configuration.write_text(text)
-        self.address = places.state / SOCKET_NAME
+        self.address = self.places.state / SOCKET_NAME
         self._options = ("--config", configuration)
         self._log = directory / "log"
-        with self._log.open("wb") as log:
-            self._daemon = workspace.start(
-                [*_FIRSTBYTE, "daemon", *self._options],
-                output=log.fileno(),
-                errors=subprocess.STDOUT,
-            )
-        self.pid = self._daemon.pid
+        self._daemon = self._start()
         workspace.defer("stop the daemon", self.stop)
-        self._wait(places)
+        self._wait()
+
+    @property
+    def pid(self) -> int:
+        """The daemon's process."""
+        return self._daemon.pid
 
     def mount(self, reference: str, directory: Path) -> None:
         """Mount an image at a directory; the workspace unmounts it."""
@@ -166,10 +167,20 @@ class Node:
     def _firstbyte(self, *words: str | Path, seconds: float) -> str:
         return self._workspace.run([*_FIRSTBYTE, *words, *self._options], seconds=seconds)
 
-    def _wait(self, places: Places) -> None:
+    def _start(self, *options: str) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return self._workspace.start(
+                [*_FIRSTBYTE, "daemon", *options, *self._options],
+                output=log.fileno(),
+                errors=subprocess.STDOUT,
+            )
+
+    def _wait(self) -> None:
+        """Until it is this daemon that answers, and not one before it. Raises DemoError."""
         end = time.monotonic() + _START_SECONDS
         while time.monotonic() < end and self._daemon.poll() is None:
-            if places.socket.exists():
-                return
+            with contextlib.suppress(DemoError, DaemonError):  # nobody yet, or who is just ending
+                if self.status().pid == self.pid:
+                    return
             self._workspace.interruption.sleep(_POLL_SECONDS)
         raise DemoError("firstbyte's daemon does not start", hint=self._log.read_text()[-500:])

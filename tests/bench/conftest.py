@@ -11,6 +11,8 @@ import pytest
 
 from snapshotter.bench import corpus
 from snapshotter.bench.images import FORMS, GZIP, StoredImage, write_image
+from snapshotter.demo.interruption import Interruption
+from snapshotter.demo.workspace import Workspace
 from tests.support.layouts import write_layout
 from tests.support.rootfs import as_layer, make_rootfs
 
@@ -78,6 +80,13 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = directory / "images.toml"
     path.write_text(CATALOGUE.format(layout=directory / "layout"))
     return path
+
+
+@pytest.fixture
+def workspace() -> Iterator[Workspace]:
+    """Nothing is left of it."""
+    with Interruption() as interruption, Workspace(interruption, print) as workspace:
+        yield workspace
 
 
 @pytest.fixture

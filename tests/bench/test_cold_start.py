@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import msgspec
@@ -102,22 +98,6 @@ def test_podman_starts_images_from_both_of_its_stores(
         assert kind
         assert kind.limit
         assert figures.speedup(kind)
-
-
-def test_an_interrupted_run_leaves_nothing_behind(
-    catalogue: Path, workplace: Path, tmp_path: Path
-) -> None:
-    command = [sys.executable, "-m", "snapshotter.cli.main", "bench", "cold-start"]
-    command += ["--images", str(catalogue), "--mode", "overlayfs", "--link", "1mbit-5ms"]
-    command += ["--cache", str(tmp_path / "cache")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
-        assert running.stderr
-        end = time.monotonic() + 60
-        while not list(workplace.glob("*/node-1")) and time.monotonic() < end:
-            time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
-        assert running.wait(60) == 128 + signal.SIGINT
-        assert "interrupted by SIGINT" in running.stderr.read()
 
 
 def test_an_image_that_does_not_get_ready_says_what_it_printed(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from snapshotter.bench.corpus import RawLayer
     from snapshotter.bench.images import StoredImage
     from snapshotter.bench.tables import Table
+    from snapshotter.demo.workspace import Workspace
 
 SAMPLES = 2
 
@@ -87,10 +88,10 @@ def test_opening_is_measured_for_each_number_of_files(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_all_modes_do_the_same_work(
-    image: StoredImage, directory: Path, monkeypatch: pytest.MonkeyPatch
+    image: StoredImage, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fio, "_SECONDS", 0.05)
-    *results, by_fio = reading.compare(image, directory / "local", SAMPLES)
+    *results, by_fio = reading.compare(image, workspace, SAMPLES)
     assert by_fio.title.startswith("fio ")
     assert {row[2] for row in by_fio.rows} == {"overlayfs", "fuse", "erofs", "native"}
     assert [table.title.rpartition(" ")[2] for table in results] == ["fuse", "erofs", "native"]
@@ -124,8 +125,8 @@ def test_a_job_that_fails_is_an_error(tree: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_mounting_is_measured_without_any_data(directory: Path) -> None:
-    table = mounting.mounting(1000, directory / "large", SAMPLES)
+def test_mounting_is_measured_without_any_data(workspace: Workspace) -> None:
+    table = mounting.mounting(1000, workspace, SAMPLES)
     assert {row[:2] for row in table.rows} == {
         (mode, cache) for mode in ("fuse", "erofs") for cache in ("dropped", "warm")
     }
@@ -133,8 +134,8 @@ def test_mounting_is_measured_without_any_data(directory: Path) -> None:
 
 
 @pytest.mark.root
-def test_a_reader_waits_while_one_daemon_follows_another(directory: Path) -> None:
-    waits, memory = handover.handover(directory / "handover", 2, 100, 1)
+def test_a_reader_waits_while_one_daemon_follows_another(workspace: Workspace) -> None:
+    waits, memory = handover.handover(workspace, 2, 100, 1)
     assert len(waits.rows) == 2
     assert min(numbers(waits)) > 0
     for median, longest, answers in zip(
@@ -149,8 +150,8 @@ def test_a_reader_waits_while_one_daemon_follows_another(directory: Path) -> Non
 
 
 @pytest.mark.root
-def test_first_reads_come_from_everywhere(image: StoredImage, directory: Path) -> None:
-    table = first_read.first_read(image, directory / "first", 1)
+def test_first_reads_come_from_everywhere(image: StoredImage, workspace: Workspace) -> None:
+    table = first_read.first_read(image, workspace, 1)
     assert f"{SMALL_FILES + 1} files" in table.note
     assert len(table.rows) == 4
     assert table.rows[0][-1] == 1  # it is what the others are compared with
