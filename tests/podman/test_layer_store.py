@@ -145,7 +145,8 @@ def test_images_that_share_layers(
 
 
 def test_an_image_stays_while_a_container_uses_it(served: Instance, old: Podman, app: str) -> None:
-    old.succeed("run", "-d", "--name", "runs", app, "/bin/sleep", "infinity")
+    stops_at_once = ("-d", "--stop-timeout=0")
+    old.succeed("run", *stops_at_once, "--name", "runs", app, "/bin/sleep", "infinity")
     assert "in use" in old.fail("rmi", app)
     old.succeed("rmi", "-f", app)
     assert counts(served)[app] == [0, 0, 0]
@@ -216,6 +217,15 @@ def change_and_die(self, *arguments):
 HeldImages.change = change_and_die
 main()
 """
+
+
+def test_a_reset_gives_layers_back(served: Instance, old: Podman, app: str) -> None:
+    """podman throws its graph root away; nothing of ours goes with it."""
+    old.succeed("pull", "-q", app)
+    old.succeed("system", "reset", "-f")
+    assert counts(served)[app] == [0, 0, 0]
+    assert old.succeed("run", "--rm", app) == "third"
+    assert counts(served)[app] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("counted", [False, True])
