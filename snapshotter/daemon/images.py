@@ -22,7 +22,7 @@ from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.lookup import Lookup
 from snapshotter.daemon.opener import Opener
 from snapshotter.daemon.room import Room
-from snapshotter.daemon.showing import Showing
+from snapshotter.daemon.showing import Mode, Showing
 from snapshotter.daemon.spool import Spool
 from snapshotter.daemon.startups import Expected, Startups
 from snapshotter.fetch.startup import StartupRecorder
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from snapshotter.daemon.places import Places
     from snapshotter.daemon.protocol import Progress
     from snapshotter.daemon.records import Records, ViewRecord
-    from snapshotter.daemon.showing import Mode
     from snapshotter.fetch.scheduler import Scheduler
     from snapshotter.fetch.stats import FetchStats
     from snapshotter.fuse.view import Views
@@ -117,6 +116,13 @@ class Images:
         """The pull is over."""
         self._scheduler.release_fill()
 
+    def expect_start(self, image: OpenImage) -> None:
+        """The pull of an image is over: a container is about to start."""
+        if image.found.pack is not None:
+            self._scheduler.expect_start()
+        else:
+            self._scheduler.release_fill()
+
     async def acquire(
         self,
         reference: str,
@@ -137,9 +143,9 @@ class Images:
         """
         source = self._locate(plain_http or None).source(reference)
         trace, began = StartTrace(), trio.current_time()
-        manifest, known = await self._lookup.resolve(source, reference, platform)
+        named = await self._lookup.resolve(source, reference, platform)
         began = trace.step("resolve", began)
-        digest = manifest.descriptor.digest
+        digest = named.manifest.descriptor.digest
         async with self._one_at_a_time(digest):
             image = self.having(digest)
             if image is not None:
@@ -150,8 +156,7 @@ class Images:
             try:
                 resolved, found = await self._lookup.find(
                     source,
-                    manifest,
-                    known=known,
+                    named,
                     given=index,
                     may_build=may_build,
                     on_pack=expected.expect,
@@ -268,6 +273,11 @@ class Images:
     async def settle(self) -> None:
         """To be called when the FUSE mount is served, before anything else asks it."""
         await self._showing.settle()
+
+    async def prepare(self) -> None:
+        """Do what else the first image to be shown would wait for."""
+        if self._mode is not Mode.FUSE:
+            await self._showing.prepare()
 
     def fill_restored(self) -> None:
         """Go on with the background downloads of what was restored: readers come before."""

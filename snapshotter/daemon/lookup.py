@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,13 +12,14 @@ import trio
 from index.errors import about
 from snapshotter.daemon.errors import NoIndexError
 from snapshotter.daemon.protocol import Progress
-from snapshotter.images.discovery import FoundIndex, Trust, accept, look_up
+from snapshotter.images.discovery import FoundIndex, Trust, accept, ask, look_up
 from snapshotter.images.indexing import build_index
+from snapshotter.nursery import open_nursery
 from snapshotter.registry.image import configure, find_manifest
 from snapshotter.registry.platform import Platform
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
     from snapshotter.daemon.knowledge import Knowledge
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
     from snapshotter.registry.manifest import Descriptor, Manifest
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a reference stands for; the image, if this node has had it; and the artifacts with its
+    file indexes, if they were `asked` for."""
+
+    manifest: Manifest
+    known: ResolvedImage | None = None
+    asked: Sequence[Descriptor] | None = None
 
 
 class Lookup:
@@ -38,25 +49,37 @@ class Lookup:
         self._room = room
         self._trusted = trusted
 
-    async def resolve(
-        self, source: ImageSource, reference: str, platform: str
-    ) -> tuple[Manifest, ResolvedImage | None]:
-        """The manifest that a reference stands for, and the image if this node has had it.
+    async def resolve(self, source: ImageSource, reference: str, platform: str) -> Resolved:
+        """The manifest that a reference stands for. `platform` "" is the host's.
 
-        `platform` "" is the host's. Raises FirstByteError.
+        Who names a manifest by its digest saves a round trip: its file indexes are asked for at
+        the same time. Raises FirstByteError.
         """
         wanted = Platform.parse(platform) if platform else Platform.host()
         known = await self._knowledge.resolve(reference)
         if known is not None:
-            return known.manifest, known
-        return await find_manifest(source, wanted), None
+            return Resolved(known.manifest, known)
+        _, _, digest = reference.partition("@")
+        if not digest or Trust.REFERRER not in self._trusted:
+            return Resolved(await find_manifest(source, wanted))
+        asked: Sequence[Descriptor] | None = None
+
+        async def ask_for_indexes() -> None:
+            nonlocal asked
+            asked = await ask(source, digest)
+
+        async with open_nursery() as nursery:
+            nursery.start_soon(ask_for_indexes)
+            manifest = await find_manifest(source, wanted)
+        if manifest.descriptor.digest != digest:  # it was a list of platforms
+            asked = None
+        return Resolved(manifest, asked=asked)
 
     async def find(
         self,
         source: ImageSource,
-        manifest: Manifest,
+        resolved: Resolved,
         *,
-        known: ResolvedImage | None,
         given: Path | None,
         may_build: bool,
         on_pack: Callable[[Descriptor], None],
@@ -65,20 +88,23 @@ class Lookup:
     ) -> tuple[ResolvedImage, FoundIndex]:
         """The image of a manifest with its index, which is on this node from then on.
 
-        `known` and `manifest` are as `resolve` has returned them. `given` is a file with the index;
+        `given` is a file with the index;
         None takes the one that was used last, else looks for one in the registry and, if
         `may_build`, builds one. `on_pack` is told of startup packs before the index is fetched;
         `on_raw` makes, for a layer, what takes its raw space while an index is built. Raises
         NoIndexError if there is none, other FirstByteErrors if the image cannot be read.
         """
+        manifest = resolved.manifest
         if given is not None:
-            image = known or await configure(source, manifest)
+            image = resolved.known or await configure(source, manifest)
             found = await self._given(image, given)
         else:
             recalled = await self._knowledge.recall(manifest.descriptor.digest, None)
             if recalled is not None:
                 return replace(recalled[0], name=source.name), recalled[1]
-            image, published = await look_up(source, manifest, self._trusted, on_pack=on_pack)
+            image, published = await look_up(
+                source, manifest, self._trusted, asked=resolved.asked, on_pack=on_pack
+            )
             if published is None and not may_build:
                 raise NoIndexError(f"{image.name} has no file index that can be used")
             found = published or await self._build(source, image, on_raw, report)

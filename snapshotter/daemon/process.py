@@ -193,6 +193,7 @@ async def _serve(
                     service.containerd = await serving.enter_async_context(
                         serve_containerd(config, images, parts.inheritance, stop)
                     )
+                    nursery.start_soon(images.prepare)
                 else:
                     await images.close_unused()
                 nursery.start_soon(housekeeping.run)

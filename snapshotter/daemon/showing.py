@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from index.errors import FirstByteError
 from snapshotter.daemon.records import FIRST_SLOT, NATIVE
 from snapshotter.fetch.errors import FetchError
 from snapshotter.fuse import session
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from index.errors import FirstByteError
     from index.file import FileIndex
     from snapshotter.daemon.places import Places
     from snapshotter.daemon.records import Records, ViewRecord
@@ -225,6 +225,14 @@ class Showing:
                 await trio.to_thread.run_sync(_open_and_close, path, abandon_on_cancel=True)
             finally:
                 self._views.remove(view)
+
+    async def prepare(self) -> None:
+        """Find out what the kernel can do before somebody waits for that: it takes some 0.1 s."""
+        try:
+            with trio.CancelScope(shield=True):  # or a mount of what is tried might be left
+                await self.capabilities()
+        except (FirstByteError, OSError, trio.TooSlowError) as error:
+            log.warning("what the kernel can do is found out when it is needed: %s", error)
 
     async def capabilities(self) -> Capabilities:
         """What this kernel can do for us, tried once. For when the FUSE mount is served."""

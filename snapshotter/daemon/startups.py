@@ -73,6 +73,8 @@ class Startups:
             expected.close()
         if not image.layers:
             return
+        if replay and image.found.pack is not None:
+            self._scheduler.expect_start()
         self._nursery.start_soon(self._run, image, recorder, expected, replay)
 
     async def _run(
@@ -124,10 +126,11 @@ class Startups:
         found = image.found
         if (
             found.pack is None
+            and not found.unpacked
             and found.trust is Trust.ANNOTATION
             and Trust.REFERRER in self._trusted
         ):
-            pack = await find_pack(image.source, image.resolved, found.index.digest)
+            pack = await find_pack(image.source, image.digest, found.index.digest)
             found = image.found = replace(image.found, pack=pack)
         if found.pack is None:
             return None

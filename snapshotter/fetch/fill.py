@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import deque
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import trio
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from index.tables import LayerTable
     from snapshotter.fetch.layer import LazyLayer
     from snapshotter.fetch.scheduler import Scheduler
+    from snapshotter.store.layer import StoredLayer
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,25 @@ ENOUGH_ROOM = 16
 """Chunks (4 MiB) that it is worth going on for, so that it is not done chunk by chunk."""
 
 
+class _Digest:
+    """The hash of a layer's raw space from its start to `end`."""
+
+    __slots__ = ("end", "hasher")
+
+    def __init__(self) -> None:
+        self.hasher = hashlib.sha256()
+        self.end = 0
+
+    def advance(self, stored: StoredLayer, end: int) -> bool:
+        """Go on to `end`, if all of that is present. Blocks. Raises StoreError."""
+        with held([stored]):  # or what is hashed could be evicted
+            if stored.missing(self.end // CHUNK_SIZE, (end - 1) // CHUNK_SIZE):
+                return False
+            stored.hash_raw(self.hasher, self.end, end)
+        self.end = end
+        return True
+
+
 class ImageFill:
     """Fills the layers of one mounted image. `run` it in a task of its own.
 
@@ -70,6 +90,8 @@ class ImageFill:
         self._scheduler = scheduler
         self._quarantine = quarantine
         self._proven: set[LazyLayer] = set()
+        self._digests = {layer: _Digest() for layer in layers}
+        self._arrived = trio.Event()
         self._windows: deque[tuple[LazyLayer, int, int]] = deque()
         self.fully_local = trio.Event()
         self.problem = ""
@@ -120,9 +142,12 @@ class ImageFill:
                 (layer, first, min(first + step, table.chunk_count) - 1)
                 for first in range(0, table.chunk_count, step)
             ]
-        async with trio.open_nursery() as nursery:
-            for _ in range(WINDOWS):
-                nursery.start_soon(self._fill_windows)
+        async with trio.open_nursery() as beside:
+            beside.start_soon(self._hash_along)
+            async with trio.open_nursery() as nursery:
+                for _ in range(WINDOWS):
+                    nursery.start_soon(self._fill_windows)
+            beside.cancel_scope.cancel()
         for layer in self._layers:
             await self._prove(layer)
 
@@ -134,6 +159,7 @@ class ImageFill:
                 while missing:
                     async with self._room(layer, len(missing)) as granted:
                         await self._scheduler.fill(layer.origin, missing[:granted])
+                    self._arrived.set()
                     missing = missing[granted:]
             except FetchError as error:
                 self.problem = str(error)
@@ -165,7 +191,9 @@ class ImageFill:
                 if not stored.complete:
                     return
                 if stored.proven_diff_id != table.diff_id:
-                    found = await self._hash(layer)
+                    await self._hash(layer)
+                    found = self._digests[layer].hasher.digest()
+                    self._digests[layer] = _Digest()  # for the next time, if it is wrong
                     if found != table.diff_id:
                         await self._blame(layer, found)
                         return
@@ -175,14 +203,24 @@ class ImageFill:
             return
         self._proven.add(layer)
 
-    async def _hash(self, layer: LazyLayer) -> bytes:
-        hasher = hashlib.sha256()
-        size = layer.table.raw_size
-        for start in range(0, size, HASH_PIECE):
+    async def _hash_along(self) -> None:
+        """Hash what has come while the rest is on its way, and the kernel has it in memory."""
+        with suppress(StoreError):  # it is met again when the layer is proven
+            while True:
+                self._arrived = trio.Event()
+                for layer in self._layers:
+                    if layer not in self._proven:
+                        await self._hash(layer)
+                await self._arrived.wait()
+
+    async def _hash(self, layer: LazyLayer) -> None:
+        """Go on with the hash of a layer, for as far as that is present."""
+        digest, size = self._digests[layer], layer.table.raw_size
+        while digest.end < size:
             await self._scheduler.give_way()
-            end = min(start + HASH_PIECE, size)
-            await trio.to_thread.run_sync(layer.stored.hash_raw, hasher, start, end)
-        return hasher.digest()
+            end = min(digest.end + HASH_PIECE, size)
+            if not await trio.to_thread.run_sync(digest.advance, layer.stored, end):
+                break
 
     async def _blame(self, layer: LazyLayer, found: bytes) -> None:
         """Is it the disk, whose chunks are fetched again, or the file index?"""

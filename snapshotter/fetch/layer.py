@@ -139,10 +139,11 @@ class LazyLayer:
 
     def _note(self, first: int, last: int) -> None:
         self._latest = (first, last)
-        if self._recorder is not None:
-            self._recorder.touch(self._number, first, last)
+        if self._recorder is not None and self._recorder.touch(self._number, first, last):
+            self._scheduler.note_touch()
         ahead = self._readers.advance(first, last)
-        if ahead and not self.stored.complete:
+        # Of what starts read, the rest is known as well, and on its way.
+        if ahead and not self.stored.complete and last not in self.stored.start_chunks:
             within = range(ahead.start, min(ahead.stop, self.table.chunk_count))
             self._scheduler.advise(self.origin, within, Priority.READAHEAD)
 

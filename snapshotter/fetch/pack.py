@@ -171,6 +171,7 @@ class PackDelivery:
         for frame in table.frames:
             needed = False
             for number, (layer, chunk) in enumerate(frame.places, 1):
+                origins[layer].stored.start_chunks.add(chunk)
                 if origins[layer].stored.has(chunk):
                     continue
                 lane = self._lane(layer, origins[layer])

@@ -129,9 +129,20 @@ class Scheduler:
         self._transfer.hold_fill()
 
     def release_fill(self) -> None:
-        """The pull is over, and a start is about to begin."""
+        """The pull is over, and a start is about to begin. What it will read is not known, so every
+        chunk more may be one that it need not wait for."""
         self.expect_reads()
         self._transfer.release_fill()
+
+    def expect_start(self) -> None:
+        """The pull is over, and a start is about to begin. What it will read is on its way, so fill
+        would only take the processors from it: it waits until the start has settled."""
+        self.expect_reads()
+        self._transfer.expect_start()
+
+    def note_touch(self) -> None:
+        """A start goes on: chunks were read for the first time."""
+        self._transfer.note_touch()
 
     async def give_way(self) -> None:
         """Pause background work, briefly, while somebody is blocked."""

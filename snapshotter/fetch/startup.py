@@ -31,10 +31,11 @@ class StartupRecorder:
         self._first = self._latest = math.inf
         self.stopped = False
 
-    def touch(self, layer: int, first: int, last: int) -> None:
-        """Chunks `first` ... `last` are being read."""
+    def touch(self, layer: int, first: int, last: int) -> bool:
+        """Chunks `first` ... `last` are being read. Whether one of them is recorded for that."""
         if self.stopped:
-            return
+            return False
+        before = len(self.touches)
         for chunk in range(first, last + 1):
             if (layer, chunk) in self._seen or len(self.touches) >= MAX_TOUCHES:
                 continue
@@ -44,6 +45,7 @@ class StartupRecorder:
                 self._began.set()
             self._seen.add((layer, chunk))
             self.touches.append(Touch(layer, chunk, round(1000 * (now - self._first))))
+        return len(self.touches) > before
 
     async def settled(self) -> None:
         """Wait until the start has settled."""

@@ -51,6 +51,18 @@ HELD_BACK = 2.0
 """Seconds for which fill waits for the next step of a pull: containerd takes 3 to 7 ms a layer.
 A guess at the longest pause, after which the pull counts as given up."""
 
+BEFORE_START = 1.0
+"""Seconds from the end of a pull to the first read of its container for which fill waits: to make a
+container takes runtimes 0.2 s of both of two cores, and twice that beside a download. A guess at
+how long a kubelet takes."""
+
+SETTLED = 0.5
+"""Seconds without a first touch after which the next one of a start is not waited for any more. A
+guess at the pauses of a start whose bytes are on their way."""
+
+LONGEST_START = 10.0
+"""Seconds after which fill goes on in any case, however much is still read for the first time."""
+
 FOR_READERS = RetryPolicy(attempts=1 << 30, base=0.2)
 """While somebody is blocked the reader's own deadline decides when to give up."""
 
@@ -82,6 +94,7 @@ class Transfer:
         self._paused = trio.lowlevel.ParkingLot()
         self._quiet_at = -math.inf
         self._held_until = -math.inf
+        self._start_ends = -math.inf  # at the latest
         self._pacings: dict[str, Pacing] = {}
         self._rng = random.Random()  # noqa: S311  (spreads load, guards nothing)
 
@@ -94,9 +107,21 @@ class Transfer:
         self._held_until = trio.current_time() + HELD_BACK
 
     def release_fill(self) -> None:
-        """The pull is over."""
-        self._held_until = -math.inf
+        """The pull is over, and no start that fill would be in the way of goes on."""
+        self._held_until = self._start_ends = -math.inf
         self.notice()
+
+    def expect_start(self) -> None:
+        """A container is about to start: fill waits until it has come to rest."""
+        now = trio.current_time()
+        self._held_until = now + BEFORE_START
+        self._start_ends = now + LONGEST_START
+
+    def note_touch(self) -> None:
+        """A start goes on: something was read that nobody had read before."""
+        now = trio.current_time()
+        if now < self._start_ends:
+            self._held_until = max(self._held_until, min(now + SETTLED, self._start_ends))
 
     @property
     def fan(self) -> int:

@@ -27,7 +27,7 @@ from snapshotter.registry.image import configure
 from snapshotter.registry.manifest import Descriptor, Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from snapshotter.registry.image import ImageSource, ResolvedImage
 
@@ -48,11 +48,13 @@ class Trust(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class FoundIndex:
-    """A validated index of the image that was asked for, and the startup pack that goes with it."""
+    """A validated index of the image that was asked for, and the startup pack that goes with it.
+    `unpacked`: there is none, as the registry says."""
 
     index: FileIndex
     trust: Trust
     pack: Descriptor | None = None
+    unpacked: bool = False
 
 
 async def find_index(
@@ -77,15 +79,26 @@ async def find_index(
     return await _Search(source, image.manifest, resolved, on_pack).run(trusted)
 
 
+async def ask(source: ImageSource, digest: str) -> list[Descriptor]:
+    """The artifacts with a file index of the manifest of that digest. None too if the registry
+    cannot be asked: it is logged."""
+    try:
+        return await source.referrers(digest, ARTIFACT_TYPE)
+    except RegistryError as error:
+        log.warning("cannot ask for file indexes of %s: %s", source.name, error)
+        return []
+
+
 async def look_up(
     source: ImageSource,
     manifest: Manifest,
     trusted: Collection[Trust],
     *,
+    asked: Sequence[Descriptor] | None = None,
     on_pack: Callable[[Descriptor], None] = lambda _: None,
 ) -> tuple[ResolvedImage, FoundIndex | None]:
     """The configuration of an image and, at the same time, its index as `find_index` has it: one
-    round trip if the image pins it, two if it is among the referrers.
+    round trip if the image pins it, two if it is among the referrers, unless `ask` was `asked`.
 
     Raises what `configure` raises.
     """
@@ -101,7 +114,7 @@ async def look_up(
 
     async def search() -> None:
         nonlocal found
-        found = await _Search(source, manifest, resolved, on_pack).run(trusted)
+        found = await _Search(source, manifest, resolved, on_pack, asked).run(trusted)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(search)
@@ -117,22 +130,26 @@ async def look_up(
 
 
 async def find_pack(
-    source: ImageSource, image: ResolvedImage, index_digest: bytes
+    source: ImageSource,
+    manifest_digest: str,
+    index_digest: bytes,
+    asked: Sequence[Descriptor] | None = None,
 ) -> Descriptor | None:
     """The newest startup pack among the referrers of an image that pins its index.
 
-    None too if the registry cannot be asked: it is logged.
+    `asked` is what `ask` has found, if it was. None too if the registry cannot be asked: it is
+    logged.
     """
     wanted = f"sha256:{index_digest.hex()}"
+    artifacts = await ask(source, manifest_digest) if asked is None else asked
     try:
-        artifacts = await source.referrers(image.descriptor.digest, ARTIFACT_TYPE)
         packed = [one for one in artifacts if _packed_at(one)]
         for artifact in sorted(packed, key=_packed_at, reverse=True):
             if artifact.annotation(DIGEST_ANNOTATION) == wanted:
-                manifest = await source.fetch_manifest(artifact)
-                return blobs_of(manifest)[1] if isinstance(manifest, Manifest) else None
+                _, pack = listed_blobs(artifact) or await _blobs_of(source, artifact)
+                return pack
     except FirstByteError as error:
-        log.warning("cannot ask for the startup pack of %s: %s", image.name, error)
+        log.warning("cannot ask for the startup pack of %s: %s", source.name, error)
     return None
 
 
@@ -146,6 +163,15 @@ def accept(data: bytes, image: ResolvedImage) -> FileIndex:
     check_belongs(index, image)
     validate(index.tree, [table.raw_size for table in index.layers])
     return index
+
+
+async def _blobs_of(
+    source: ImageSource, artifact: Descriptor
+) -> tuple[Descriptor, Descriptor | None]:
+    manifest = await source.fetch_manifest(artifact)
+    if not isinstance(manifest, Manifest):
+        raise IntegrityError("the artifact is no manifest")
+    return blobs_of(manifest)
 
 
 def _packed_at(artifact: Descriptor) -> str:
@@ -162,35 +188,42 @@ class _Search:
         manifest: Manifest,
         resolved: Callable[[], Awaitable[ResolvedImage]],
         on_pack: Callable[[Descriptor], None],
+        asked: Sequence[Descriptor] | None = None,
     ) -> None:
         self._source = source
         self._manifest = manifest
         self._resolved = resolved
         self._on_pack = on_pack
+        self._asked = asked
 
     async def run(self, trusted: Collection[Trust]) -> FoundIndex | None:
         pinned = self._pinned() if Trust.ANNOTATION in trusted else None
         if pinned is not None:
             index = await self._try(pinned)
             if index is not None:
-                return FoundIndex(index, Trust.ANNOTATION)
+                return await self._with_pack(index)
         if Trust.REFERRER not in trusted:
             return None
-        digest = self._manifest.descriptor.digest
-        try:
-            artifacts = await self._source.referrers(digest, ARTIFACT_TYPE)
-        except RegistryError as error:
-            log.warning("cannot ask for file indexes of %s: %s", self._source.name, error)
-            return None
+        artifacts = self._asked
+        if artifacts is None:
+            artifacts = await ask(self._source, self._manifest.descriptor.digest)
         for artifact in sorted(artifacts, key=_packed_at, reverse=True):
             found = await self._try_artifact(artifact)
             if found is not None:
                 return found
         return None
 
+    async def _with_pack(self, index: FileIndex) -> FoundIndex:
+        """A pinned index. Its pack is for later, if it takes a round trip to learn of it."""
+        asked, digest = self._asked, self._manifest.descriptor.digest
+        if asked is None:
+            return FoundIndex(index, Trust.ANNOTATION)
+        pack = await find_pack(self._source, digest, index.digest, asked)
+        return FoundIndex(index, Trust.ANNOTATION, pack, unpacked=pack is None)
+
     async def _try_artifact(self, artifact: Descriptor) -> FoundIndex | None:
         try:
-            blob, pack = listed_blobs(artifact) or await self._blobs_of(artifact)
+            blob, pack = listed_blobs(artifact) or await _blobs_of(self._source, artifact)
         except FirstByteError as error:
             log.warning("file index %s of %s: %s", artifact.digest, self._source.name, error)
             return None
@@ -198,12 +231,6 @@ class _Search:
             self._on_pack(pack)
         index = await self._try(blob)
         return None if index is None else FoundIndex(index, Trust.REFERRER, pack)
-
-    async def _blobs_of(self, artifact: Descriptor) -> tuple[Descriptor, Descriptor | None]:
-        manifest = await self._source.fetch_manifest(artifact)
-        if not isinstance(manifest, Manifest):
-            raise IntegrityError("the artifact is no manifest")
-        return blobs_of(manifest)
 
     async def _try(self, blob: Descriptor) -> FileIndex | None:
         try:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS = 5
-_LACK_REMEMBERED = 3600.0  # seconds; a guess at how late an update of a registry may be seen
+_REFERRERS_REMEMBERED = 3600.0  # seconds; a guess at how late an update of a registry may be seen
 
 
 class Session:
@@ -63,12 +63,18 @@ class Session:
         self._renewing = trio.Lock()
 
     @property
-    def lacks_referrers(self) -> bool:
-        """Whether the host was found to be without the referrers API, lately."""
-        return self._transport.health.rests((self.endpoint.base, "referrers"))
+    def has_referrers(self) -> bool | None:
+        """Whether the host was found to have the referrers API, lately; None if nobody tried."""
+        for there in (True, False):
+            if self._transport.health.rests((self.endpoint.base, "referrers", there)):
+                return there
+        return None
 
-    def note_lack_of_referrers(self) -> None:
-        self._transport.health.rest((self.endpoint.base, "referrers"), _LACK_REMEMBERED)
+    def note_referrers(self, *, there: bool) -> None:
+        """The host has the referrers API, or lacks it."""
+        health = self._transport.health
+        health.wake((self.endpoint.base, "referrers", not there))
+        health.rest((self.endpoint.base, "referrers", there), _REFERRERS_REMEMBERED)
 
     async def open(
         self,

@@ -322,6 +322,11 @@ def test_a_daemon_replaces_one_that_runs(node: Instance, layout: str) -> None:
     assert shown["target"] == str(target)
 
 
+def test_what_the_kernel_can_do_is_known_before_anybody_waits_for_it(node: Instance) -> None:
+    node.start()
+    wait_until(lambda: "the kernel: " in node.log())
+
+
 def test_a_second_daemon_on_one_state_is_refused_while_the_first_lives(
     node: Instance, layout: str
 ) -> None:

@@ -12,18 +12,21 @@ from index.tables import CHUNK_SIZE, Codec
 from snapshotter.fetch import fill as fill_module
 from snapshotter.fetch import transfer
 from snapshotter.fetch.fill import HELD_BACK, ImageFill
+from snapshotter.fetch.layer import LazyLayer
 from snapshotter.fetch.pacing import FIRST_WINDOW
+from snapshotter.fetch.startup import StartupRecorder
 from snapshotter.registry.errors import NotFoundError
+from snapshotter.store.layer import StoredLayer
 from snapshotter.store.space import UNBOUNDED, Amount, Bounds
 from tests.support.blobs import MadeLayer, make_layer, sample_bytes, table_for
 from tests.support.fetching import open_node
-from tests.support.sources import Fault
+from tests.support.sources import Fault, MemorySource
 
 if TYPE_CHECKING:
+    import hashlib
     from pathlib import Path
 
     from index.errors import IntegrityError
-    from snapshotter.fetch.layer import LazyLayer
     from tests.support.fetching import Node
 
 LAYERS = [
@@ -107,6 +110,76 @@ async def test_a_pull_that_does_not_end_is_forgotten(
     node.scheduler.hold_fill()
     await fill.run()
     assert fill.fully_local.is_set()
+
+
+async def test_fill_waits_for_a_start_that_is_helped(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "BEFORE_START", 60)
+    lazy, source = node.mount(LAYERS[0])
+    fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fill.run)
+        node.scheduler.expect_start()
+        await wait_all_tasks_blocked(cushion=0.02)
+        assert source.requests == []
+        assert await lazy.read(0, 9) == LAYERS[0].raw[:9]
+        await wait_all_tasks_blocked(cushion=0.02)
+        assert not lazy.stored.complete
+        node.scheduler.release_fill()
+    assert fill.fully_local.is_set()
+
+
+@pytest.mark.parametrize("bound", [None, "SETTLED", "LONGEST_START"])
+async def test_a_start_that_goes_on_is_waited_for_but_not_for_ever(
+    node: Node, monkeypatch: pytest.MonkeyPatch, bound: str | None
+) -> None:
+    monkeypatch.setattr(transfer, "BEFORE_START", 0)
+    monkeypatch.setattr(transfer, "SETTLED", 0.01 if bound == "SETTLED" else 60)
+    monkeypatch.setattr(transfer, "LONGEST_START", 0.01 if bound == "LONGEST_START" else 60)
+    source, stored = MemorySource(LAYERS[0]), node.store.open(LAYERS[0].table)
+    recorder = StartupRecorder()
+    lazy = LazyLayer(LAYERS[0].table, stored, source, node.scheduler, recorder=recorder)
+    fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
+    node.scheduler.expect_start()
+    assert await lazy.read(0, 9) == LAYERS[0].raw[:9]
+    before = len(source.requests)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fill.run)
+        if bound is None:
+            await wait_all_tasks_blocked(cushion=0.02)
+            assert len(source.requests) == before
+            node.scheduler.release_fill()
+    assert fill.fully_local.is_set()
+
+
+async def test_layers_are_hashed_while_the_rest_is_on_its_way(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no byte twice."""
+    (first, _), (last, source) = node.mount(LAYERS[1]), node.mount(LAYERS[0])
+    hashed: list[tuple[bytes, int, int]] = []
+    all_of_first = trio.Event()
+    hash_raw = StoredLayer.hash_raw
+
+    def note(stored: StoredLayer, hasher: hashlib._Hash, start: int, end: int) -> None:
+        hashed.append((stored.key, start, end))
+        hash_raw(stored, hasher, start, end)
+        if (stored.key, end) == (first.stored.key, 9 * CHUNK_SIZE):
+            trio.from_thread.run_sync(all_of_first.set)
+
+    monkeypatch.setattr(StoredLayer, "hash_raw", note)
+    monkeypatch.setattr(fill_module, "HASH_PIECE", 5 * CHUNK_SIZE)
+    source.gate = trio.Event()
+    fill = ImageFill([first, last], node.scheduler, quarantine=must_not_quarantine)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fill.run)
+        await all_of_first.wait()
+        assert not fill.fully_local.is_set()
+        assert last.stored.key not in {key for key, _, _ in hashed}
+        source.gate.set()
+    assert fill.fully_local.is_set()
+    assert len(hashed) == len(set(hashed)) == 2 + 7
 
 
 async def test_what_is_local_already_is_not_fetched(node: Node) -> None:

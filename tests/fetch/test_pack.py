@@ -123,6 +123,8 @@ async def test_all_of_it_comes_with_one_request(node: Node) -> None:
         for place in ORDER:
             await made.read(place)
         assert made.requests() == 0
+        for number, layer in enumerate(made.layers):  # the last to be evicted
+            assert layer.stored.start_chunks == {chunk for n, chunk in ORDER if n == number}
         assert node.scheduler.stats.received_bytes[Priority.STARTUP] == len(PACK)
 
 

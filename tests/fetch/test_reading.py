@@ -283,6 +283,19 @@ async def test_a_sequential_reader_is_read_ahead_for(node: Node) -> None:
 # --- leaving ---
 
 
+async def test_nothing_is_read_ahead_of_what_starts_are_known_to_read(node: Node) -> None:
+    """What they go on with is known as well; who goes further is read ahead for."""
+    lazy, _ = node.mount(PLAIN)
+    lazy.stored.start_chunks.update((3, 4, 5))
+    for chunk in (3, 4, 5):
+        await lazy.read(chunk * CHUNK_SIZE, CHUNK_SIZE)
+    await wait_all_tasks_blocked(cushion=0.05)
+    assert node.scheduler.stats.requests[Priority.READAHEAD] == 0
+    await lazy.read(6 * CHUNK_SIZE, CHUNK_SIZE)
+    await wait_all_tasks_blocked(cushion=0.05)
+    assert node.scheduler.stats.requests[Priority.READAHEAD] > 0
+
+
 async def test_a_cancelled_read_leaves_nothing_behind(node: Node) -> None:
     lazy, source = node.mount(PLAIN)
     source.gate = trio.Event()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from snapshotter.daemon.knowledge import Knowledge
+from snapshotter.daemon.lookup import Lookup
+from snapshotter.daemon.room import Room
 from snapshotter.images.discovery import FoundIndex, Trust, look_up
 from snapshotter.registry.credentials import CredentialStore
 from snapshotter.registry.image import find_manifest
@@ -19,6 +22,9 @@ from tests.support.instance import firstbyte
 from tests.support.layouts import write_layout
 from tests.support.registry import RunningRegistry, skopeo_push
 from tests.support.tars import file, tar
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 BOTH = (Trust.ANNOTATION, Trust.REFERRER)
 
@@ -85,15 +91,42 @@ async def test_two_when_the_image_pins_its_index(converted: str) -> None:
 
 
 async def test_three_when_it_is_among_the_referrers(image: str) -> None:
-    """Debian's registry is without the referrers API, which costs one more, once."""
+    """Debian's registry is without the referrers API, which costs one request more, once."""
     async with Rounds() as transport, trio.open_nursery() as nursery:
         nursery.start_soon(transport.answer)
-        for rounds in (4, 3):
+        for requests in (5, 4):
             transport.rounds = 0
             transport.requests.clear()
             found = await found_by(transport, image)
             assert found is not None
             assert found.trust is Trust.REFERRER
-            assert transport.rounds == rounds, transport.requests
-            assert len(transport.requests) == rounds + 1
+            assert transport.rounds == 3, transport.requests
+            assert len(transport.requests) == requests
+        nursery.cancel_scope.cancel()
+
+
+async def test_two_when_the_image_is_named_by_its_digest(image: str, tmp_path: Path) -> None:
+    """As containerd names it."""
+    (tmp_path / "images").mkdir()
+    async with Rounds() as transport, trio.open_nursery() as nursery:
+        nursery.start_soon(transport.answer)
+        tagged = Locations(transport, CredentialStore()).source(image)
+        manifest = await find_manifest(tagged, Platform.host())
+        reference = f"{image.rpartition(':')[0]}@{manifest.descriptor.digest}"
+        source = Locations(transport, CredentialStore()).source(reference)
+        lookup = Lookup(Knowledge(tmp_path), Room(), BOTH)
+        transport.rounds = 0
+        transport.requests.clear()
+        resolved = await lookup.resolve(source, reference, "")
+        _, found = await lookup.find(
+            source,
+            resolved,
+            given=None,
+            may_build=False,
+            on_pack=lambda _: None,
+            on_raw=lambda _: lambda _: None,
+            report=lambda _: None,
+        )
+        assert found.trust is Trust.REFERRER
+        assert transport.rounds == 2, transport.requests
         nursery.cancel_scope.cancel()

@@ -275,7 +275,10 @@ async def test_referrers_api(faulty: FaultRegistry, opener: Opener, sample: Samp
     found = await opener.source(f"{faulty.host}/team/app:v1").referrers(subject, "application/even")
     assert [entry.digest for entry in found] == expected
     assert len(faulty.asked("/referrers/")) == 4
-    assert faulty.asked("/manifests/sha256-") == []
+    assert faulty.asked("/manifests/sha256-", "PUT") == []
+    assert len(faulty.asked("/manifests/sha256-")) <= 1, "at first nobody knows of the API"
+    await opener.source(f"{faulty.host}/team/app:v1").referrers(subject, "application/odd")
+    assert len(faulty.asked("/manifests/sha256-")) <= 1
 
 
 @pytest.mark.parametrize(
