@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from snapshotter.bench.coldstart.nodes import Node, Usage, lower_directories, remove, usage_of
+from snapshotter.bench.coldstart.nodes import Node, Usage, remove, usage_of
 from snapshotter.bench.errors import BenchError
 from snapshotter.demo import lazy
 from snapshotter.demo.containerd import Containerd
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from snapshotter.demo.task import Runner
     from snapshotter.demo.workspace import Workspace
 
+_SNAPSHOTS = "io.containerd.snapshotter.v1.overlayfs/snapshots/*/fs"
 _PULL_SECONDS = 3600.0
 _COMMAND_SECONDS = 60.0
 _SETTLED_POLL_SECONDS = 1.0
@@ -33,9 +34,12 @@ class Unpacking(Node):
     def __init__(self, workspace: Workspace, name: str) -> None:
         self._containerd = Containerd(workspace, name)
         self._tasks = _Tasks(self._containerd)
+        self._unpacked: list[Path] = []
 
     def pull(self, reference: str) -> None:
         self._containerd.pull(reference)
+        # Later there are those that containers write in, too.
+        self._unpacked = [*self._containerd.root.glob(_SNAPSHOTS)]
 
     def workload(self, image: Image, reference: str, network: Path) -> Task:
         return self._tasks.make(image, reference, network)
@@ -48,8 +52,8 @@ class Unpacking(Node):
         self._containerd.stop()
         remove(self._containerd.directory)
 
-    def lower_directories(self) -> list[Path]:
-        return lower_directories(self._containerd.directory)
+    def unpacked(self) -> list[Path]:
+        return self._unpacked
 
 
 class Lazy(Node):

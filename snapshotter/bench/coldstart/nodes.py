@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from snapshotter.bench.errors import BenchError
 from snapshotter.demo.ready import Watched
 from snapshotter.demo.workspace import mounts_below
-from snapshotter.mounts.table import read_mounts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -78,22 +77,9 @@ class Node(Protocol):
         """What the kernel has asked of FirstByte so far, if there is one."""
         return None
 
-    def lower_directories(self) -> list[Path]:
-        """Where the layers of the containers that run are unpacked, if they are."""
+    def unpacked(self) -> list[Path]:
+        """Where the layers of what was pulled are unpacked, if they are."""
         return []
-
-
-def lower_directories(directory: Path) -> list[Path]:
-    """Those of all overlays that are mounted below a directory."""
-    points = {os.fsencode(path) for path in mounts_below(directory)}
-    return [
-        Path(os.fsdecode(path))
-        for mount in read_mounts()
-        if mount.kind == b"overlay" and mount.point in points
-        for option in mount.super_options
-        if option.startswith(b"lowerdir=")
-        for path in option.removeprefix(b"lowerdir=").split(b":")
-    ]
 
 
 def usage_of(pid: int, directories: Sequence[Path]) -> Usage:

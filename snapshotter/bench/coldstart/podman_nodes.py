@@ -8,7 +8,6 @@ from snapshotter.bench.coldstart.nodes import (
     Node,
     Usage,
     disk_of,
-    lower_directories,
     remove,
     usage_of,
 )
@@ -30,9 +29,12 @@ class Pulling(Node):
     def __init__(self, workspace: Workspace, name: str) -> None:
         self._podman = Podman(workspace, name)
         self._containers = _Containers(self._podman)
+        self._unpacked: list[Path] = []
 
     def pull(self, reference: str) -> None:
         self._podman.pull(reference)
+        # Later there are those that containers write in, too.
+        self._unpacked = [*self._podman.graph_root.glob("overlay/*/diff")]
 
     def workload(self, image: Image, reference: str, network: Path) -> PodmanContainer:
         return self._containers.make(image, reference, network)
@@ -45,8 +47,8 @@ class Pulling(Node):
         self._podman.unmount()
         remove(self._podman.directory)
 
-    def lower_directories(self) -> list[Path]:
-        return lower_directories(self._podman.directory)
+    def unpacked(self) -> list[Path]:
+        return self._unpacked
 
 
 class _Lazy(Node):

@@ -159,11 +159,11 @@ class _Runner:
             known[name] = msgspec.structs.replace(known[name], profile_bytes=size)
 
     def _note_touched(self, step: _Step, node: Node) -> None:
-        """While the workload still runs: what it holds in memory is not forgotten."""
+        """Before the next start has the kernel forget it."""
         facts = self._plan.results.images[step.image.name]
-        lower = node.lower_directories()
-        if lower and not facts.touched:
-            found = touched(lower)
+        unpacked = node.unpacked()
+        if unpacked and not facts.touched:
+            found = touched(unpacked)
             self._plan.results.images[step.image.name] = msgspec.structs.replace(
                 facts, touched=found
             )
