@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from snapshotter.bench.coldstart.nodes import Node, Usage, remove, usage_of
 from snapshotter.bench.errors import BenchError
 from snapshotter.demo import lazy
+from snapshotter.demo.cgroups import remove_cgroups
 from snapshotter.demo.containerd import Containerd
 from snapshotter.demo.cri import ImageService
 from snapshotter.demo.errors import DemoError
@@ -147,6 +148,7 @@ class Foreign(Node):
     def close(self) -> None:
         """Removes what was pulled, under all its names; waits until its content is gone, too."""
         self._tasks.stop()
+        remove_cgroups(self.cgroup)
         while self._pulled:
             reference = self._pulled.pop()
             lines = self.ctr("images", "list").splitlines()[1:]
