@@ -193,7 +193,6 @@ async def _serve(
                     service.containerd = await serving.enter_async_context(
                         serve_containerd(config, images, parts.inheritance, stop)
                     )
-                    nursery.start_soon(images.prepare)
                 else:
                     await images.close_unused()
                 nursery.start_soon(housekeeping.run)
@@ -204,7 +203,10 @@ async def _serve(
                         serve_metrics, config.metrics.address, service.status, images.stats
                     )
                 nursery.start_soon(notify.beat, functools.partial(_sign_of_life, places))
-                await _answer_clients(places, service, stop, stay=stay, ready=ready)
+                async with open_nursery() as preparing:  # which asks the mount, so it ends first
+                    if stay:
+                        preparing.start_soon(images.prepare)
+                    await _answer_clients(places, service, stop, stay=stay, ready=ready)
                 if images.none_open:
                     stop.leaves = False  # nothing is mounted that somebody could want
         finally:
