@@ -120,7 +120,7 @@ def test_every_call_works_once_the_daemon_is_back(
     _once_it_is_back(lambda: cri.pull(shell_image))
     becomes(lambda: left_in(node.here), left)  # else its snapshots serve for the next pull
     with ThreadPoolExecutor(1) as thread:
-        with way.held_at(b"/referrers/") as reached:  # the daemon looks for the file index
+        with way.held_at(b"/manifests/sha256-") as reached:  # the daemon looks for the file index
             pulling = thread.submit(_fails, pull)
             assert reached.wait(WAIT_SECONDS)
             _end(node, number)

@@ -21,7 +21,7 @@ from tests.support.layouts import write_layout
 from tests.support.systemd import Systemd, systemd
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 REPOSITORY = Path(__file__).parents[2]
 UNITS = REPOSITORY / "systemd"
@@ -217,14 +217,17 @@ def test_systemd_takes_the_unit_of_a_user(tmp_path: Path) -> None:
     unit = tmp_path / "firstbyte.service"
     text = (UNITS / "user/firstbyte.service").read_text()
     unit.write_text(text.replace("/usr/local/bin/firstbyte", "/bin/true"))
-    assert complaints("--user", unit) == []
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    assert complaints("--user", unit, environment=environment) == []
     assert re.findall(rf"^(?:{PRIVATE_MOUNTS}|NoNewPrivileges)=", text, re.MULTILINE) == []
 
 
-def complaints(*arguments: str | Path) -> list[str]:
+def complaints(*arguments: str | Path, environment: Mapping[str, str] | None = None) -> list[str]:
     """What `systemd-analyze verify` has against units."""
     verify = ["systemd-analyze", "verify", "--man=no", *arguments]
-    done = subprocess.run(verify, capture_output=True, text=True, timeout=SECONDS, check=True)
+    done = subprocess.run(
+        verify, capture_output=True, text=True, timeout=SECONDS, check=True, env=environment
+    )
     said = [line for line in done.stderr.splitlines() if "firstbyte" in line]
     return [line for line in said if "'FileDescriptorStorePreserve'" not in line]
 
