@@ -30,12 +30,8 @@ CONTAINERS = 30
 REMOVERS = 2
 ATTEMPTS = 20
 RATE = 8e6  # bytes a second: containers read what the background download has not fetched yet
-# Who waits for a part of a gzip layer goes back to the last seek point, and fill comes by there,
-# too: 1.00 to 1.17 were seen.
-MORE_THAN_ONCE = 1.25
-OVERHEAD = (
-    1.30  # and manifests, configurations and file indexes, as each of the pulls asks for them
-)
+MORE_THAN_ONCE = 1.05
+OVERHEAD = 1.10  # manifests, configurations and file indexes, as each of the pulls asks for them
 THREADS = WORKERS + 40 + 16  # gRPC's, trio's default limit, those with limits of their own
 SOCKETS = 32  # connections to the registry that are kept for a while
 MEMORY = 16 << 20  # bytes that a third round may take more than a second
