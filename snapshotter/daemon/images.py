@@ -273,6 +273,7 @@ class Images:
     async def settle(self) -> None:
         """To be called when the FUSE mount is served, before anything else asks it."""
         await self._showing.settle()
+        await self._nursery.start(self._showing.clear)
 
     async def prepare(self) -> None:
         """Do what else the first image to be shown would wait for."""

@@ -24,7 +24,15 @@ from snapshotter.fuse import session
 from snapshotter.fuse.flat import FlatFile
 from snapshotter.fuse.view import View
 from snapshotter.mounts import syscalls
-from snapshotter.mounts.capabilities import SAMPLE_LAYER, Capabilities, Sample, probe, sample_image
+from snapshotter.mounts.capabilities import (
+    SAMPLE_LAYER,
+    Capabilities,
+    Sample,
+    left_behind,
+    probe,
+    remove_left_behind,
+    sample_image,
+)
 from snapshotter.mounts.erofs import mount_erofs
 from snapshotter.mounts.errors import MountError
 from snapshotter.mounts.loop import mount_erofs_on_loops
@@ -225,6 +233,22 @@ class Showing:
                 await trio.to_thread.run_sync(_open_and_close, path, abandon_on_cancel=True)
             finally:
                 self._views.remove(view)
+
+    async def clear(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Remove what was left by daemons that were killed while they tried the kernel.
+
+        It has started when what this daemon tries cannot be mistaken for that. What of it waits for
+        the FUSE mount waits on, while this daemon is at work already.
+        """
+        root = self._places.root
+        left = await trio.to_thread.run_sync(left_behind, root)
+        task_status.started()
+        for folder in left:
+            log.info("removing %s, left by a daemon that was killed", folder)
+            try:
+                await trio.to_thread.run_sync(remove_left_behind, folder, abandon_on_cancel=True)
+            except (MountError, OSError) as error:
+                log.warning("%s is left: %s", folder, error)
 
     async def prepare(self) -> None:
         """Find out what the kernel can do before somebody waits for that: it takes some 0.1 s."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import tempfile
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from snapshotter.mounts import syscalls
 from snapshotter.mounts.erofs import mount_erofs, new_erofs
 from snapshotter.mounts.errors import MountError
 from snapshotter.mounts.loop import mount_erofs_on_loops
+from snapshotter.mounts.table import read_mounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +39,7 @@ SAMPLE_LAYER = bytes(range(256)) * 32
 """Raw space of the sample's layer: two pages that are no zeros."""
 
 _NAME = "file"
+_PREFIX = "probe-"  # starts the names of directories in which the kernel is tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ def probe(store: Path, served: Sample | None) -> Capabilities:
     a worker thread, for some of the calls ask the FUSE mount. Raises nothing for what does not
     work, and OSError if `store` cannot be written to.
     """
-    with tempfile.TemporaryDirectory(prefix="probe-", dir=store) as name:
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=store) as name:
         folder = Path(name)
         stored = Sample(folder / "image", folder / "layer")
         stored.image.write_bytes(sample_image())
@@ -110,6 +113,24 @@ def probe(store: Path, served: Sample | None) -> Capabilities:
             failed_reads=failed_reads,
             layers=0 if file_backed else _count_layers(folder, stored.layer),
         )
+
+
+def left_behind(store: Path) -> list[Path]:
+    """Where the kernel was being tried when a daemon was killed. For when nobody is trying it."""
+    return sorted(store.glob(_PREFIX + "*"))
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Unmount what `left_behind` has found, and remove it. Raises MountError and OSError.
+
+    Reads that are under way in such a mount are waited for, and nothing ends that wait: call this
+    from a worker thread, when our FUSE mount, which they may ask, is being served.
+    """
+    inside = bytes(folder.resolve()) + b"/"
+    for entry in reversed(read_mounts()):  # what lies on top first
+        if entry.point.startswith(inside):
+            syscalls.unmount(Path(os.fsdecode(entry.point)), detach=True)
+    shutil.rmtree(folder)
 
 
 def _reason(attempt: Callable[[], None]) -> str:

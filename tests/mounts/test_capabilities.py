@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import chdir
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,11 +17,15 @@ from snapshotter.mounts.capabilities import (
     SAMPLE_LAYER,
     Capabilities,
     Sample,
+    left_behind,
     probe,
+    remove_left_behind,
     sample_image,
 )
 from snapshotter.mounts.erofs import mount_erofs, new_erofs
 from snapshotter.mounts.errors import MountError
+from snapshotter.mounts.loop import mount_erofs_on_loops
+from snapshotter.mounts.syscalls import MountFlag
 from snapshotter.mounts.table import read_mounts
 from tests.support.erofs_trees import read
 from tests.support.serving import MemoryLayer, directory, packed, regular, served, view_of
@@ -28,6 +33,8 @@ from tests.support.serving import MemoryLayer, directory, packed, regular, serve
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from snapshotter.mounts.capabilities import Mounter
 
 pytestmark = pytest.mark.root
 
@@ -206,6 +213,54 @@ def test_a_mount_with_other_bytes_does_not_count(
 
     monkeypatch.setattr(capabilities, "mount_erofs", mount_zeros)
     assert probe(store, None).file_backed == "a file was read back with other bytes"
+
+
+@pytest.mark.parametrize("mount", [mount_erofs, mount_erofs_on_loops])
+def test_what_is_left_by_one_that_was_killed_is_removed(store: Path, mount: Mounter) -> None:
+    """With all that it had mounted, on top of each other; what others have in the store stays."""
+    folder, other = store / "probe-left", store / "layers"
+    for name in ("mount", "upper", "work"):
+        (folder / name).mkdir(parents=True)
+    other.mkdir()
+    image, layer, target = folder / "image", folder / "layer", folder / "mount"
+    image.write_bytes(sample_image())
+    layer.write_bytes(SAMPLE_LAYER)
+    mount(image, [layer], target)
+    with chdir(folder):  # an overlay's options are separated by what is in the store's name
+        options = "lowerdir=mount,upperdir=upper,workdir=work"
+        syscalls.mount("overlay", target, "overlay", MountFlag(0), options)
+    (target / "file").unlink()
+    mount(image, [layer], target)
+    assert left_behind(store) == [folder]
+    with (target / "file").open("rb"):  # by somebody who looks around
+        remove_left_behind(folder)
+    assert left_behind(store) == []
+    assert os.listdir(store) == ["layers"]
+    other.rmdir()
+
+
+def test_nothing_is_removed_that_is_still_mounted(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = store / "probe-left"
+    shown = store / "shown"
+    for path in (folder / "mount", shown):
+        path.mkdir(parents=True)
+    (shown / "file").write_bytes(SAMPLE_LAYER)
+    syscalls.bind(shown, folder / "mount")
+
+    def unmount(target: Path, *, detach: bool) -> None:
+        raise MountError(f"cannot unmount {target}")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(syscalls, "unmount", unmount)
+        with pytest.raises(MountError):
+            remove_left_behind(folder)
+    assert (shown / "file").read_bytes() == SAMPLE_LAYER
+    remove_left_behind(folder)
+    assert (shown / "file").read_bytes() == SAMPLE_LAYER
+    (shown / "file").unlink()
+    shown.rmdir()
 
 
 def test_a_store_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:

@@ -18,9 +18,12 @@ import pytest
 
 from snapshotter.daemon.descriptors import Holder
 from snapshotter.mounts import syscalls
+from snapshotter.mounts.capabilities import SAMPLE_LAYER, sample_image
+from snapshotter.mounts.erofs import mount_erofs
 from tests.support.gateway import Gateway, gateway
 from tests.support.instance import Instance, firstbyte, wait_until
 from tests.support.layouts import write_layout
+from tests.support.leaks import becomes
 from tests.support.registry import RunningRegistry, skopeo_push
 from tests.support.tars import file, tar
 
@@ -201,6 +204,55 @@ def test_a_daemon_that_waits_for_itself_when_it_is_killed_does_not_hold_up_the_n
     daemon.wait(30)
     assert _sum(target / "big") == SUM
     here.succeed("umount", target)
+
+
+def test_what_a_daemon_left_where_it_tried_the_kernel_goes_and_holds_up_nobody(
+    here: Instance, images: Images
+) -> None:
+    """It was killed with a mount of files of its own FUSE mount, of which a read is under way: the
+    kernel unmounts that when somebody has answered."""
+    daemon = here.start()
+    (here.root / "probe-stray").mkdir()
+    left = here.root / "probe-left" / "mount"
+    left.mkdir(parents=True)
+    with ExitStack() as stack:
+        with images.way.held_at(RANGES) as reached:
+            target = here.directory("fuse")
+            here.succeed("mount", images.one, target, "--mode", "fuse")
+            (image,) = (here.state / "fs").glob("*.erofs")
+            (layer,) = (here.state / "fs").glob("*.raw")
+            mount_erofs(image, [layer], left)
+            reader = _read(stack, "cat", left / "big")
+            assert reached.wait(30)
+            _until_asleep([reader])
+            killed(here, daemon)
+            reader.kill()
+            here.start()
+            becomes(
+                lambda: [entry.point for entry in here.mounts() if b"probe-" in entry.point], []
+            )
+        becomes(lambda: sorted(here.root.glob("probe-*")), [])
+        assert _sum(target / "big") == SUM
+        here.succeed("umount", target)
+
+
+@pytest.mark.parametrize("options", [(), ("--mode", "fuse")])
+def test_a_daemon_that_a_command_has_started_removes_what_another_left(
+    here: Instance, images: Images, options: Sequence[str]
+) -> None:
+    """Also one that does not try the kernel itself."""
+    folder = here.root / "probe-left"
+    (folder / "mount").mkdir(parents=True)
+    (folder / "image").write_bytes(sample_image())
+    (folder / "layer").write_bytes(SAMPLE_LAYER)
+    mount_erofs(folder / "image", [folder / "layer"], folder / "mount")
+    target = here.directory("m")
+    here.succeed("mount", images.one, target, *options)
+    becomes(lambda: sorted(here.root.glob("probe-*")), [])
+    assert _sum(target / "big") == SUM
+    here.succeed("umount", target)
+    wait_until(lambda: not here.has_daemon())
+    assert here.mounts() == []
 
 
 def _is_in_kernel(pid: int, place: str) -> bool:
