@@ -15,7 +15,7 @@ import trio
 from index.erofs.validate import validate
 from index.errors import IntegrityError, about
 from index.file import FileIndex
-from index.resolve import resolve
+from index.resolver import resolve
 from snapshotter.cli import progress
 from snapshotter.cli.connection import (
     chosen_platform,

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from snapshotter.fuse.session import FILE_SYSTEM
+from snapshotter.fuse.device import FILE_SYSTEM
 from snapshotter.mounts import syscalls
 from snapshotter.mounts.errors import MountError
 from snapshotter.mounts.table import MountEntry, read_mounts

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FILE_SYSTEM = "fuse.firstbyte"
+"""The type of our mounts in /proc/self/mountinfo, on every bind of them too."""
+
 _PATH = "/dev/fuse"
 _SELECTABLE = 1024  # FD_SETSIZE; the device is one of the first files that are opened
 

@@ -30,7 +30,7 @@ import trio
 
 from snapshotter.fuse import handshake
 from snapshotter.fuse.answers import Answers
-from snapshotter.fuse.device import is_connected, open_device
+from snapshotter.fuse.device import FILE_SYSTEM, is_connected, open_device
 from snapshotter.fuse.relay import Relay
 from snapshotter.mounts import syscalls
 from snapshotter.mounts.errors import MountError
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     from snapshotter.fuse.operations import Operations
 
 log = logging.getLogger(__name__)
-
-FILE_SYSTEM = "fuse.firstbyte"
-"""The type of our mounts in /proc/self/mountinfo, on every bind of them too."""
 
 # The largest request that libfuse takes is 1 MiB, and read-ahead decides the size of requests:
 # 1 GiB read in order costs this process 0.33 s at 128 KiB (the default), 0.22 s at 1 MiB.

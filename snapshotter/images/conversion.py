@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from index.build import IndexBuilder
+from index.builder import IndexBuilder
 from index.convert import FrameWriter
 from index.errors import IntegrityError, about
 from index.layer import LayerScanner

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from index.build import IndexBuilder
+from index.builder import IndexBuilder
 from index.errors import IntegrityError, about
 from index.layer import LayerScanner
 from snapshotter.nursery import open_nursery

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from index.build import build
+from index.builder import build
 from snapshotter.daemon.knowledge import Knowledge
 from snapshotter.images.discovery import FoundIndex, Trust
 from snapshotter.registry.image import resolve

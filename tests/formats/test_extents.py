@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from index.build import build
+from index.builder import build
 from index.extents import FileExtents
 from tests.support import tars
 

@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index.build import build
+from index.builder import build
 from index.entry import Entry, EntryType
 from index.errors import TarError, UnsupportedError
 from index.file import FileIndex

@@ -19,8 +19,8 @@ import trio
 
 from index.errors import FirstByteError
 from snapshotter.fuse import device, handshake, session
+from snapshotter.fuse.device import FILE_SYSTEM
 from snapshotter.fuse.handshake import HandshakeError
-from snapshotter.fuse.session import FILE_SYSTEM
 from snapshotter.mounts import syscalls
 from snapshotter.mounts.errors import MountError
 from snapshotter.mounts.idmap import IdMapping, can_idmap, user_namespace

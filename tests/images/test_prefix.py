@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from index.build import build
+from index.builder import build
 from index.errors import FirstByteError, TarError
 from index.tables import CHUNK_SIZE, Codec
 from snapshotter.images import prefix
