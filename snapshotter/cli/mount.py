@@ -198,16 +198,16 @@ def daemon(
     act_as_root(places)
     log_to_stderr()
     if stop:
-        trio.run(_stop, places)
+        trio.run(_stop, places, chosen)
         return
     if address is not None:
         chosen = msgspec.structs.replace(chosen, address=Path(absolute(address)))
     trio.run(partial(process.run, chosen, stay=True, ready=lambda: None, replace=replace))
 
 
-async def _stop(places: Places) -> None:
+async def _stop(places: Places, config: Config) -> None:
     """Have everything taken down, by a daemon that is started for that if none runs."""
-    await client.ask(places, protocol.StopRequest(), start=configuration())
+    await client.ask(places, protocol.StopRequest(), start=config)
     await client.wait_ended(places)
 
 

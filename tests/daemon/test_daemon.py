@@ -47,6 +47,13 @@ def node() -> Iterator[Instance]:
         yield made
 
 
+def test_what_nobody_serves_is_stopped_where_it_is(node: Instance) -> None:
+    """By a daemon that is started for that, with the directories that are meant."""
+    node.succeed("daemon", "--stop")
+    wait_until(lambda: not node.has_daemon())
+    assert f"ready: data in {node.root}" in node.log()
+
+
 def test_an_image_is_mounted_read_and_taken_down(node: Instance, layout: str) -> None:
     target = node.directory("m")
     assert node.succeed("mount", layout, target) == f"mounted {layout} at {target}\n"
