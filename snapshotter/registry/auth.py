@@ -7,6 +7,7 @@ Sources: RFC 9110 section 11 (challenges), RFC 6750 (Bearer), distribution's `sp
 from __future__ import annotations
 
 import base64
+import math
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -29,17 +30,22 @@ _MARGIN = 0.1  # share of its lifetime by which a token is renewed early: clocks
 
 @dataclass(frozen=True, slots=True)
 class Password:
-    """A user's name and password (or an access token in its place)."""
+    """A user's name and password (or an access token in its place).
+
+    It is not to be used from `expires` on, a time of trio's clock.
+    """
 
     username: str
     password: str = field(repr=False)
+    expires: float = field(default=math.inf, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class IdentityToken:
-    """A refresh token, which a token server gives access tokens for."""
+    """A refresh token, which a token server gives access tokens for. `expires` as of Password."""
 
     token: str = field(repr=False)
+    expires: float = field(default=math.inf, compare=False)
 
 
 Credential = Password | IdentityToken

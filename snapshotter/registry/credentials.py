@@ -24,6 +24,8 @@ from snapshotter.registry.reference import DEFAULT_REGISTRY
 if TYPE_CHECKING:
     import subprocess
 
+    from snapshotter.registry.handed import HandedCredentials
+
 _DEFAULT_REGISTRY_KEY = "https://index.docker.io/v1/"
 _TOKEN_USERNAME = "<token>"  # noqa: S105  (helpers say so that the secret is an identity token)
 _HELPER_DEADLINE = 30.0  # seconds; a guess: cloud helpers make a few requests of their own
@@ -52,22 +54,34 @@ class _HelperAnswer(msgspec.Struct, rename={"username": "Username", "secret": "S
 class CredentialStore:
     """Looks credentials up whenever they are needed: a `docker login` meanwhile counts."""
 
-    def __init__(self, *files: Path) -> None:
-        """`files` are asked in order; without any, those where tools keep them (`usual_files`)."""
+    def __init__(self, *files: Path, handed: HandedCredentials | None = None) -> None:
+        """`files` are asked in order; without any, those where tools keep them (`usual_files`).
+        What was `handed` over goes before them."""
         self._files = [_CredentialFile(path) for path in files or usual_files()]
+        self._handed = handed
 
-    async def lookup(self, registry: str, repository: str = "") -> Credential | None:
+    async def lookup(
+        self, registry: str, repository: str = "", selector: str = ""
+    ) -> Credential | None:
         """The credential for a reference's registry, or None; the first file that has one counts.
 
-        In a file what is filed under the repository, or a path above it, goes before what is filed
-        under the registry (containers-auth.json(5)). Raises CredentialsError if a file is malformed
-        or a helper fails.
+        `selector` is the image's tag or digest. In a file what is filed under the repository, or a
+        path above it, goes before what is filed under the registry (containers-auth.json(5)).
+        Raises CredentialsError if a file is malformed or a helper fails.
         """
+        if self._handed is not None:
+            handed = self._handed.get(registry, repository, selector)
+            if handed is not None:
+                return handed
         for file in self._files:
             credential = await file.lookup(registry, repository)
             if credential is not None:
                 return credential
         return None
+
+    def refused(self, credential: Credential) -> bool:
+        """A registry does not take a credential; tells if another may be found now."""
+        return self._handed is not None and self._handed.drop(credential)
 
 
 class _CredentialFile:

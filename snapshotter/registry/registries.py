@@ -68,16 +68,21 @@ class Rule:
 
 def parse_registries(raw: bytes, path: Path) -> tuple[Rule, ...]:
     """Read the file that lies at `path`. Raises HostsError."""
-    try:
-        document = tomllib.loads(raw.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise HostsError(f"{path} is not valid TOML ({error})") from error
+    document = _document(raw, path)
     tables = document.get("registry", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise HostsError(f"{path}: registry is not a list of tables, as in [[registry]]")
     return tuple(
         _rule(table, f"{path}, registry {number}") for number, table in enumerate(tables, 1)
     )
+
+
+def parse_auth_helper(raw: bytes, path: Path) -> str:
+    """The program that the file at `path` names for handing credentials to layer stores, or "".
+
+    Raises HostsError. Source: containers-registries.conf(5), `additional-layer-store-auth-helper`.
+    """
+    return _text(_document(raw, path), "additional-layer-store-auth-helper", str(path))
 
 
 def rule_for(rules: Iterable[Rule], reference: Reference) -> Rule | None:
@@ -87,6 +92,13 @@ def rule_for(rules: Iterable[Rule], reference: Reference) -> Rule | None:
         if rule.covers(reference) and (best is None or len(rule.prefix) >= len(best.prefix)):
             best = rule
     return best
+
+
+def _document(raw: bytes, path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(raw.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise HostsError(f"{path} is not valid TOML ({error})") from error
 
 
 def _rule(table: dict[str, Any], where: str) -> Rule:

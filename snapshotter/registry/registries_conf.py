@@ -13,7 +13,13 @@ from snapshotter.registry.endpoint import Endpoint, endpoint_of, is_loopback
 from snapshotter.registry.errors import HostsError
 from snapshotter.registry.host import EVERYTHING, Capability, Host, account_of
 from snapshotter.registry.hosts import TlsFiles
-from snapshotter.registry.registries import Place, Rule, parse_registries, rule_for
+from snapshotter.registry.registries import (
+    Place,
+    Rule,
+    parse_auth_helper,
+    parse_registries,
+    rule_for,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,6 +63,17 @@ class RegistriesConf:
         hosts += _hosts(location, rule.repository_at(location, reference), reference, plain_http)
         return tuple(hosts)
 
+    def auth_helper(self) -> str:
+        """The program that hands credentials to layer stores, or "" if none is named. Blocks.
+        Raises HostsError."""
+        named = ""
+        try:
+            for path in self._stat():
+                named = parse_auth_helper(path.read_bytes(), path) or named
+        except OSError as error:
+            raise _unreadable(error, self._path) from error
+        return named
+
     def _load(self) -> tuple[Rule, ...]:
         """All rules, read again only if a file changed, came or went."""
         with self._lock:
@@ -70,9 +87,7 @@ class RegistriesConf:
                     )
                     self._versions = versions
             except OSError as error:
-                raise HostsError(
-                    f"cannot read {error.filename or self._path} ({error.strerror})"
-                ) from error
+                raise _unreadable(error, self._path) from error
             return self._rules
 
     def _stat(self) -> _Versions:
@@ -113,3 +128,7 @@ def _capabilities(place: Place, reference: Reference) -> Capability:
     if place.by_tag and (place.by_digest or reference.digest is None):
         return EVERYTHING
     return Capability.PULL if place.by_digest else Capability(0)
+
+
+def _unreadable(error: OSError, path: Path) -> HostsError:
+    return HostsError(f"cannot read {error.filename or path} ({error.strerror})")

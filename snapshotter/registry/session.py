@@ -58,7 +58,7 @@ class Session:
         self._deadlines = transport.deadlines.hurried() if hurried else transport.deadlines
         self._credentials = credentials
         self._challenge: auth.Challenge | None = None
-        self._basic: str | None = None
+        self._password: auth.Password | None = None
         self._tokens = auth.TokenCache()
         self._renewing = trio.Lock()
 
@@ -103,7 +103,10 @@ class Session:
             response = await self._send(method, url, headers, authorization, body, answer_within)
             if response.status >= 400:
                 error = await _failure(response, what)
-                if renewed or not ours or not await self._renew(response, authorization, scope):
+                stale = ours and response.status == 401 and self._gives_way(authorization)
+                if renewed and not stale:
+                    raise error
+                if not ours or not await self._renew(response, authorization, scope):
                     raise error
                 if not isinstance(body, bytes):
                     error.transient = True
@@ -171,13 +174,28 @@ class Session:
     async def _authorization(self, scope: str) -> str | None:
         """The header to send by what earlier challenges taught; None before the first."""
         if self._challenge is None or self._challenge.scheme == "basic":
-            return self._basic
+            return self._basic()
         if (held := self._held_token(self._challenge, scope)) is not None:
             return held
         async with self._renewing:
             return self._held_token(self._challenge, scope) or await self._new_token(
                 self._challenge, scope
             )
+
+    def _basic(self) -> str | None:
+        """The header with the password that there is, unless its time is over."""
+        if self._password is not None and trio.current_time() >= self._password.expires:
+            self._password = None
+        return None if self._password is None else auth.basic(self._password)
+
+    def _gives_way(self, refused: str | None) -> bool:
+        """Whether another password may be found in the place of a refused one."""
+        password = self._password
+        return (
+            password is not None
+            and refused == auth.basic(password)
+            and self._credentials.refused(password)
+        )
 
     def _held_token(self, challenge: auth.Challenge, scope: str) -> str | None:
         scopes = auth.scopes_of(challenge, scope)
@@ -198,12 +216,10 @@ class Session:
         async with self._renewing:
             self._challenge = challenge
             if challenge.scheme == "basic":
-                if self._basic == refused:
-                    credential = await self._credentials.lookup(self.host.account, self._repository)
-                    self._basic = None
-                    if isinstance(credential, auth.Password):
-                        self._basic = auth.basic(credential)
-                return self._basic is not None and self._basic != refused
+                if self._basic() == refused:
+                    credential = await self._find_credential()
+                    self._password = credential if isinstance(credential, auth.Password) else None
+                return self._basic() not in (None, refused)
             if refused is not None:
                 self._tokens.drop(refused.removeprefix("Bearer "))
             if self._held_token(challenge, scope) is None:
@@ -212,7 +228,7 @@ class Session:
 
     async def _new_token(self, challenge: auth.Challenge, scope: str) -> str:
         scopes = auth.scopes_of(challenge, scope)
-        credential = await self._credentials.lookup(self.host.account, self._repository)
+        credential = await self._find_credential()
         request = auth.token_request(challenge, credential, scopes)
         server = urlsplit(request.url)
         host = server.netloc
@@ -233,6 +249,12 @@ class Session:
                     raise await _failure(response, f"login at {host}")
                 raw = await response.read(auth.MAX_TOKEN_ANSWER)
         except (UnauthorizedError, ForbiddenError) as error:
+            if (
+                credential is not None
+                and isinstance(error, UnauthorizedError)
+                and self._credentials.refused(credential)
+            ):
+                return await self._new_token(challenge, scope)
             raise UnauthorizedError(
                 f"{host} refuses the credentials for {self.host.account}"
                 if credential is not None
@@ -242,6 +264,11 @@ class Session:
         token = auth.parse_token(raw or b"", now=trio.current_time(), host=host)
         self._tokens.put(challenge, scopes, token)
         return f"Bearer {token.value}"
+
+    async def _find_credential(self) -> auth.Credential | None:
+        return await self._credentials.lookup(
+            self.host.account, self._repository, self.reference.selector
+        )
 
 
 async def _failure(response: Response, what: str) -> RegistryError:

@@ -6,12 +6,19 @@ import base64
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 from snapshotter.registry.auth import IdentityToken, Password
 from snapshotter.registry.credentials import CredentialStore, usual_files
 from snapshotter.registry.errors import CredentialsError
+from snapshotter.registry.handed import LIFETIME, MOST, HandedCredentials
+from snapshotter.registry.reference import Reference
+
+if TYPE_CHECKING:
+    from trio.testing import MockClock
 
 
 def encoded(pair: str) -> str:
@@ -186,3 +193,48 @@ async def test_helper_name_is_not_a_path(tmp_path: Path) -> None:
     """The configuration cannot name a program outside PATH."""
     with pytest.raises(CredentialsError, match="malformed name"):
         await store(tmp_path, {"credsStore": "../../x"}).lookup("a.io")
+
+
+# --- what was handed over ---
+
+
+def reference(text: str) -> Reference:
+    return Reference.parse(text)
+
+
+async def test_handed_credentials_are_for_one_image(tmp_path: Path) -> None:
+    """What a file has is for all others, and for that one when nothing is handed over any more."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"auths": {"a.io": {"auth": encoded("file:p")}}}))
+    handed = HandedCredentials()
+    found = CredentialStore(path, handed=handed)
+    handed.put(reference("a.io/team/app:1"), Password("me", "p"))
+    assert await found.lookup("a.io", "team/app", "1") == Password("me", "p")
+    assert await found.lookup("a.io", "team/app", "2") == Password("file", "p")
+    assert await found.lookup("a.io", "team/app/more", "1") == Password("file", "p")
+    assert await found.lookup("b.io", "team/app", "1") is None
+    handed.put(reference("a.io/team/app:1"), None)
+    assert await found.lookup("a.io", "team/app", "1") == Password("file", "p")
+
+
+async def test_handed_credentials_are_forgotten(autojump_clock: MockClock) -> None:
+    handed = HandedCredentials()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(handed.forget_in_time)
+        handed.put(reference("a.io/app:1"), Password("me", "p"))
+        await trio.sleep(LIFETIME - 1)
+        assert handed.get("a.io", "app", "1") == Password("me", "p")
+        await trio.sleep(1)
+        assert handed.get("a.io", "app", "1") is None
+        await trio.sleep(60)
+        assert not len(handed)
+        nursery.cancel_scope.cancel()
+
+
+async def test_only_so_many_are_kept() -> None:
+    handed = HandedCredentials()
+    for number in range(MOST + 1):
+        handed.put(reference(f"a.io/app:{number}"), IdentityToken("t"))
+    assert len(handed) == MOST
+    assert handed.get("a.io", "app", "0") is None
+    assert handed.get("a.io", "app", str(MOST)) == IdentityToken("t")

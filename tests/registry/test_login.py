@@ -9,22 +9,27 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from snapshotter.registry import handed as handed_module
+from snapshotter.registry.auth import Password
+from snapshotter.registry.credentials import CredentialStore
 from snapshotter.registry.errors import (
     ForbiddenError,
     NetworkError,
     ProtocolError,
     UnauthorizedError,
 )
+from snapshotter.registry.handed import HandedCredentials
 from snapshotter.registry.platform import Platform
+from snapshotter.registry.reference import Reference
 from snapshotter.registry.retry import RetryPolicy
-from tests.registry.conftest import serve
+from tests.registry.conftest import Opener, serve
 from tests.support.faults import Fault, FaultRegistry
 from tests.support.images import digest, push, read
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.registry.conftest import Opener
+    from snapshotter.registry.transport import Transport
     from tests.support.images import SampleImage
 
 AMD64 = Platform("linux", "amd64")
@@ -193,3 +198,56 @@ async def test_redirects_in_a_circle(
     with pytest.raises(ProtocolError, match="redirects"):
         await read(source, sample.manifest.layers[0], 0, 10)
     assert len(faulty.requests) < 10
+
+
+# What was handed over
+
+
+def handed_over(tmp_path: Path, transport: Transport, host: str, *passwords: str) -> list[Opener]:
+    """Openers that know a password each, beside the file, for the image of these tests."""
+    made = []
+    for password in passwords:
+        handed = HandedCredentials()
+        handed.put(Reference.parse(f"{host}/team/app:v1"), Password("bob", password))
+        store = CredentialStore(tmp_path / "config.json", handed=handed)
+        made.append(Opener(transport, store))
+    return made
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+async def test_handed_credentials_that_are_refused_give_way(
+    faulty: FaultRegistry,
+    transport: Transport,
+    sample: SampleImage,
+    tmp_path: Path,
+    *,
+    tokens: bool,
+) -> None:
+    """Those that podman read from a file an hour ago may have been renewed there meanwhile."""
+    faulty.users["bob"] = "secret"
+    if tokens:
+        faulty.token_realm = f"http://{faulty.host}/token"
+    right, wrong = handed_over(tmp_path, transport, faulty.host, "secret", "old")
+    await serve(faulty, right, sample).resolve(AMD64)
+    with pytest.raises(UnauthorizedError):
+        await serve(faulty, wrong, sample).resolve(AMD64)
+    (wrong,) = handed_over(tmp_path, transport, faulty.host, "old")
+    log_in(tmp_path, faulty.host, auth=encoded("bob", "secret"))
+    await serve(faulty, wrong, sample).resolve(AMD64)
+
+
+async def test_a_password_is_not_used_any_more_when_its_time_is_over(
+    faulty: FaultRegistry,
+    transport: Transport,
+    sample: SampleImage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    faulty.users["bob"] = "secret"
+    monkeypatch.setattr(handed_module, "LIFETIME", 0.5)
+    (opener,) = handed_over(tmp_path, transport, faulty.host, "secret")
+    source = serve(faulty, opener, sample)
+    await source.resolve(AMD64)
+    await trio.sleep(0.5)
+    with pytest.raises(UnauthorizedError):
+        await read(source, sample.manifest.layers[0], 0, 100)

@@ -206,3 +206,21 @@ async def test_an_image_comes_from_a_mirror_under_its_name_there(
     assert resolved.manifest.raw == sample.manifest.raw
     assert faulty.requests == []
     assert not any(request.query for request in mirror.requests)
+
+
+def test_the_program_for_credentials_is_the_last_that_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "registries.conf"
+    conf = RegistriesConf(path)
+    assert conf.auth_helper() == ""
+    path.write_text(
+        'additional-layer-store-auth-helper = "/first"\n[[registry]]\nlocation = "a.io"'
+    )
+    assert conf.auth_helper() == "/first"
+    drop_ins = tmp_path / "registries.conf.d"
+    drop_ins.mkdir()
+    (drop_ins / "1.conf").write_text('additional-layer-store-auth-helper = "/second"\n')
+    (drop_ins / "2.conf").write_text('[[registry]]\nlocation = "b.io"')
+    assert conf.auth_helper() == "/second"
+    path.write_text("[")
+    with pytest.raises(HostsError, match="not valid TOML"):
+        conf.auth_helper()
