@@ -104,6 +104,7 @@ def podman(storage_conf: Path | None, root: Path | None, state: Path | None, as_
         storage_conf,
         status if isinstance(status, str) else _unserved(status),
         cannot_enter or podman_facts.look_at_namespace(daemon),
+        own.registry.registries_conf,
     )
     _tell(examine_podman(facts, places.podman_images, places.podman_layers), as_json=as_json)
 

@@ -86,5 +86,10 @@ def main(debug: bool) -> None:
     """
 
 
+def podman_credentials() -> None:
+    """`firstbyte podman credentials` as a program, which podman runs without arguments."""
+    main(["podman", "credentials", *sys.argv[1:]], prog_name="firstbyte")
+
+
 if __name__ == "__main__":
     main()

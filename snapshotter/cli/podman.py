@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from snapshotter.cli.mount import (
     progress_of,
 )
 from snapshotter.daemon import client, protocol
+from snapshotter.daemon.errors import DaemonError
 from snapshotter.podman.graph_root import GraphRoot
 from snapshotter.podman.storage_conf import (
     find_storage_conf,
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from snapshotter.daemon.places import Places
+
+_MOST_CREDENTIALS = 1 << 20  # bytes; of one image it is some 100, and tokens have a few thousand
+_HELPER_SECONDS = 5.0  # podman waits for us without end, and pulls without us as well
 
 
 @click.group()
@@ -95,6 +100,37 @@ def rm(images: tuple[str, ...], root: Path | None, state: Path | None) -> None:
             assert isinstance(reply, protocol.Unmounted)
             if reply.ending:
                 await client.wait_ended(places)
+
+    trio.run(run)
+
+
+@podman.command()
+@places_options
+def credentials(root: Path | None, state: Path | None) -> None:
+    """Take credentials from podman, for the layer store.
+
+    podman 5.2 and later run firstbyte-podman-credentials, which is this, if registries.conf names
+    it as additional-layer-store-auth-helper, and hand over as JSON on standard input what they
+    pull an image with. The daemon keeps it in memory, for an hour.
+    """
+    given = sys.stdin.buffer.read(_MOST_CREDENTIALS + 1)
+    try:
+        if len(given) > _MOST_CREDENTIALS:
+            raise ValueError(f"they have more than {_MOST_CREDENTIALS} bytes")
+        handed = msgspec.json.decode(given, type=dict[str, protocol.HandedCredential])
+    except (ValueError, msgspec.DecodeError, RecursionError) as error:
+        raise DaemonError(
+            f"what is on standard input is no credentials ({error})", hint="this is for podman"
+        ) from error
+    places = places_of(root, state)
+
+    async def run() -> None:
+        with trio.move_on_after(_HELPER_SECONDS):
+            request = protocol.PodmanCredentialsRequest(handed)
+            if await client.ask(places, request, start=None) is None:
+                raise DaemonError(f"no daemon runs in {places.state}", hint="podman pulls as ever")
+            return
+        raise DaemonError(f"the daemon does not answer within {_HELPER_SECONDS:.0f} seconds")
 
     trio.run(run)
 

@@ -260,6 +260,10 @@ class PodmanLayers:
                 layer = self.known(reference, digest)
             return layer
 
+    def ask_again(self) -> None:
+        """What was refused may be had now: there are new credentials."""
+        self._refused.clear()
+
     def has_counted(self, call: Call) -> bool:
         return self._held.has_counted(call)
 

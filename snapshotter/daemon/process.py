@@ -26,6 +26,7 @@ from snapshotter.daemon.housekeeping import Housekeeping
 from snapshotter.daemon.images import Images
 from snapshotter.daemon.knowledge import Knowledge
 from snapshotter.daemon.places import Places, locked, locked_by
+from snapshotter.daemon.podman_credentials import PodmanCredentials
 from snapshotter.daemon.podman_layers import PodmanLayers, is_shown, show_layer_store
 from snapshotter.daemon.records import Records
 from snapshotter.daemon.server import Connections, listen
@@ -38,6 +39,7 @@ from snapshotter.fuse.view import Views
 from snapshotter.images.discovery import Trust
 from snapshotter.nursery import open_nursery
 from snapshotter.registry.credentials import CredentialStore
+from snapshotter.registry.handed import HandedCredentials
 from snapshotter.registry.hosts_tree import HostsTree
 from snapshotter.registry.locations import Locations
 from snapshotter.registry.registries_conf import RegistriesConf
@@ -149,8 +151,10 @@ async def _serve(
     """Answer kernel, containerd and clients until `stop`."""
     config, places = parts.config, parts.places
     views = Views()
+    handed = HandedCredentials()
+    nursery.start_soon(handed.forget_in_time)
     locations = functools.cache(
-        functools.partial(_locations, parts.transport, CredentialStore(), config)
+        functools.partial(_locations, parts.transport, CredentialStore(handed=handed), config)
     )
     # The kernel is answered by the inner one, which ends first: a read that still waits when the
     # scheduler closes would fail, instead of waiting for the successor.
@@ -181,7 +185,14 @@ async def _serve(
         images.fill_restored()
         nursery.start_soon(images.keep_small)
         service = Service(
-            places, images, parts.records, nursery, housekeeping, stop=stop, stay=stay
+            places,
+            images,
+            parts.records,
+            nursery,
+            housekeeping,
+            PodmanCredentials(handed, layers),
+            stop=stop,
+            stay=stay,
         )
         await service.restore()
         stop.leaves = False

@@ -76,6 +76,23 @@ class PodmanRemoveRequest(msgspec.Struct, frozen=True, tag="podman remove"):
     graph_roots: list[str]
 
 
+class HandedCredential(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A user's name and password, or an identity token; none at all if everything is empty."""
+
+    username: str = ""
+    password: str = ""
+    identity_token: str = msgspec.field(default="", name="identityToken")
+
+    def __repr__(self) -> str:  # it might get into a log
+        return f"{type(self).__name__}(...)"
+
+
+class PodmanCredentialsRequest(msgspec.Struct, frozen=True, tag="podman credentials"):
+    """Use these for images, by reference, for a while. The reply is CredentialsTaken."""
+
+    credentials: dict[str, HandedCredential]
+
+
 class StatusRequest(msgspec.Struct, frozen=True, tag="status"):
     """Tell what is mounted."""
 
@@ -151,6 +168,10 @@ class PodmanAdded(msgspec.Struct, frozen=True, tag="podman added"):
     """The reply to PodmanAddRequest."""
 
     image: PodmanImage
+
+
+class CredentialsTaken(msgspec.Struct, frozen=True, tag="credentials taken"):
+    """The reply to PodmanCredentialsRequest."""
 
 
 class Mounted(msgspec.Struct, frozen=True, tag="mounted"):
@@ -400,6 +421,7 @@ Request = (
     | UmountRequest
     | PodmanAddRequest
     | PodmanRemoveRequest
+    | PodmanCredentialsRequest
     | StatusRequest
     | StopRequest
     | HandOverRequest
@@ -407,7 +429,17 @@ Request = (
     | DiskUsageRequest
     | WhyRequest
 )
-Reply = Mounted | Unmounted | PodmanAdded | Status | Collected | DiskUsage | StartRecord | Failed
+Reply = (
+    Mounted
+    | Unmounted
+    | PodmanAdded
+    | CredentialsTaken
+    | Status
+    | Collected
+    | DiskUsage
+    | StartRecord
+    | Failed
+)
 FromDaemon = Hello | Progress | Reply
 
 _encoder = msgspec.json.Encoder()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from snapshotter.daemon.images import Images
     from snapshotter.daemon.open_image import OpenImage
     from snapshotter.daemon.places import Places
+    from snapshotter.daemon.podman_credentials import PodmanCredentials
     from snapshotter.daemon.process import Stop
     from snapshotter.daemon.records import Records
     from snapshotter.fetch.stats import FetchStats
@@ -54,6 +55,7 @@ class Service:
         records: Records,
         nursery: trio.Nursery,
         housekeeping: Housekeeping,
+        credentials: PodmanCredentials,
         *,
         stop: Stop,
         stay: bool,
@@ -71,6 +73,7 @@ class Service:
         self._refusing = False
         self._podman = PodmanImages(places.podman_images, images, nursery)
         images.claims.append(self._podman.claimed)
+        self._credentials = credentials
         self.containerd: Containerd | None = None
         """The snapshotter, if this daemon has one."""
 
@@ -112,6 +115,9 @@ class Service:
             case protocol.PodmanRemoveRequest():
                 await self._podman.remove(request)
                 return protocol.Unmounted(ending=self.idle and not self._stay)
+            case protocol.PodmanCredentialsRequest():
+                self._credentials.take(request)
+                return protocol.CredentialsTaken()
             case protocol.StatusRequest():
                 return await self.status()
             case protocol.CollectRequest():

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 
 from snapshotter.doctor.findings import Finding, ok, problem, skipped, warning
 from snapshotter.doctor.node import judge_fuse, judge_overlay
-from snapshotter.podman.versions import ASKS_FOR_BLOBS, ASKS_FOR_TABLES, FORGETS_LAYERS
+from snapshotter.podman.versions import (
+    ASKS_FOR_BLOBS,
+    ASKS_FOR_TABLES,
+    FORGETS_LAYERS,
+    HANDS_CREDENTIALS,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -31,10 +36,21 @@ class Namespace:
 
 
 @dataclass(frozen=True, slots=True)
+class Helper:
+    """What registries.conf names for handing credentials to layer stores, or "", and whether it can
+    be run. `ours` is where our own program is."""
+
+    named: str
+    runs: bool
+    ours: str
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What is the case on a node. `conf` is a text if storage.conf cannot be read; `present` are
     those of the stores that it names that are there. `unserved` are images of the image store that
-    cannot be read, with the reason; a text says why that is unknown. `namespace` is None for root's
+    cannot be read, with the reason; a text says why that is unknown. `helper` is a text if
+    registries.conf cannot be read. `namespace` is None for root's
     podman, a text says why a user's cannot be entered."""
 
     podman: tuple[int, int] | None
@@ -44,6 +60,7 @@ class Facts:
     overlay_failure: str | None
     overlay_tried: bool
     unserved: Sequence[tuple[str, str]] | str
+    helper: Helper | str
     namespace: Namespace | str | None = None
 
 
@@ -56,7 +73,7 @@ def examine(facts: Facts, image_store: Path, layer_store: Path) -> list[Finding]
         findings.append(problem("storage.conf", facts.conf, "repair it; podman needs it, too"))
         findings += [
             skipped(check, "storage.conf cannot be read")
-            for check in ("stores", "image-store", "layer-store", "overlayfs")
+            for check in ("stores", "image-store", "layer-store", "credentials", "overlayfs")
         ]
     else:
         conf = facts.conf
@@ -64,6 +81,11 @@ def examine(facts: Facts, image_store: Path, layer_store: Path) -> list[Finding]
         findings += _judge_present(conf, facts.present, image_store, layer_store)
         findings.append(_judge_image_store(conf, image_store))
         findings.append(_judge_layer_store(conf, layer_store, facts.podman))
+        findings.append(
+            _judge_helper(
+                facts.helper, facts.podman, used=f"{layer_store}:ref" in conf.layer_stores
+            )
+        )
         findings.append(
             judge_overlay(conf.graph_root, facts.overlay_failure, tried=facts.overlay_tried)
         )
@@ -193,6 +215,28 @@ def _judge_layer_store(
             "from 5.4 on podman forgets such layers: take it out, and use the image store",
         )
     return ok(check, f"podman reads {layer_store}")
+
+
+def _judge_helper(helper: Helper | str, version: tuple[int, int] | None, *, used: bool) -> Finding:
+    """Do we get the credentials that are given to one command of podman's alone?"""
+    check = "credentials"
+    if isinstance(helper, str):
+        return problem(check, helper, "repair it; podman needs it, too")
+    ours = (
+        f'in registries.conf, first of all:\nadditional-layer-store-auth-helper = "{helper.ours}"'
+    )
+    if helper.named and not helper.runs:
+        return problem(check, f"podman cannot run {helper.named} and warns at each pull", ours)
+    if version is None or not HANDS_CREDENTIALS <= version < FORGETS_LAYERS or not used:
+        return ok(check, "those of podman login are found")
+    if not helper.named:
+        return warning(
+            check,
+            "podman does not hand over those of --creds and --authfile: such images are pulled "
+            "as ever",
+            ours,
+        )
+    return ok(check, f"podman hands them to {helper.named}")
 
 
 def _judge_images(unserved: Sequence[tuple[str, str]] | str) -> list[Finding]:

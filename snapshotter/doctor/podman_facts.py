@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from index.errors import FirstByteError
 from snapshotter.doctor.facts import FUSE, existing, is_device, try_overlay
-from snapshotter.doctor.podman import Facts, Namespace
+from snapshotter.doctor.podman import Facts, Helper, Namespace
 from snapshotter.podman import rootless
 from snapshotter.podman.storage_conf import StorageConf, find_storage_conf, read_storage_conf
 from snapshotter.podman.versions import podman_version
+from snapshotter.registry.registries_conf import RegistriesConf
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
+
+_HELPER = "firstbyte-podman-credentials"
+_REGISTRIES = "CONTAINERS_REGISTRIES_CONF"  # podman's, whatever ours is
 
 
 def collect(
     conf_path: Path | None,
     unserved: Sequence[tuple[str, str]] | str,
     namespace: Namespace | str | None,
+    registries_conf: Path,
 ) -> Facts:
     """Everything but `unserved` and `namespace`. None looks for storage.conf."""
     is_root = os.geteuid() == 0
@@ -37,6 +44,7 @@ def collect(
         overlay_failure=failure,
         overlay_tried=is_root,
         unserved=unserved,
+        helper=_helper(Path(os.environ.get(_REGISTRIES) or registries_conf)),
         namespace=namespace,
     )
 
@@ -50,6 +58,18 @@ def look_at_namespace(daemon: int) -> Namespace | None:
         ids=rootless.mapped_ids(),
         opens_fuse=os.access(FUSE, os.R_OK | os.W_OK),
         shared=rootless.is_same_namespace(daemon) if daemon else None,
+    )
+
+
+def _helper(registries_conf: Path) -> Helper | str:
+    try:
+        named = RegistriesConf(registries_conf).auth_helper()
+    except FirstByteError as error:
+        return str(error)
+    return Helper(
+        named,
+        runs=shutil.which(named) is not None,
+        ours=shutil.which(_HELPER) or str(Path(sys.executable).with_name(_HELPER)),
     )
 
 

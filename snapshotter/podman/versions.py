@@ -16,6 +16,9 @@ ASKS_FOR_BLOBS = (3, 3)
 ASKS_FOR_TABLES = (5, 1)
 """podman from here on asks by the digests of tables of contents (containers/storage 1.54)."""
 
+HANDS_CREDENTIALS = (5, 2)
+"""podman from here on can tell a layer store with whose credentials it pulls."""
+
 FORGETS_LAYERS = (5, 4)
 """podman from here on does not write down what it has from a layer store (containers/storage 1.57:
 `PutAdditionalLayer` sets no `location`, and only layers that have one are saved). An image that it

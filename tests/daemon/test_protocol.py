@@ -63,3 +63,12 @@ def test_answers_and_requests_of_the_same_name_do_not_mix() -> None:
     assert protocol.answer_reader().feed(protocol.encode(status)) == [status]
     asked = protocol.request_reader().feed(protocol.encode(protocol.StatusRequest()))
     assert asked == [protocol.StatusRequest()]
+
+
+def test_credentials_do_not_show_what_they_are() -> None:
+    """A request that fails may get into the log."""
+    secret = protocol.HandedCredential(username="me", password="p4ss", identity_token="t0ken")
+    shown = repr(protocol.PodmanCredentialsRequest({"a.io/app:1": secret}))
+    assert "a.io/app:1" in shown
+    assert "p4ss" not in shown
+    assert "t0ken" not in shown

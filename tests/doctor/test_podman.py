@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from snapshotter.doctor.podman import Facts, Namespace, examine
+from snapshotter.doctor.podman import Facts, Helper, Namespace, examine
 from snapshotter.podman.storage_conf import StorageConf, StorageConfError, read_storage_conf
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 IMAGES = Path("/var/lib/firstbyte/podman/images")
 LAYERS = Path("/var/lib/firstbyte/podman/layers")
 CONF = Path("/etc/containers/storage.conf")
+HELPER = "/usr/local/bin/firstbyte-podman-credentials"
 
 
 def look(
@@ -23,6 +24,7 @@ def look(
     conf: StorageConf | str | None = None,
     present: tuple[str, ...] = (str(IMAGES), str(LAYERS)),
     unserved: list[tuple[str, str]] | str | None = None,
+    helper: Helper | str | None = None,
     namespace: Namespace | str | None = None,
 ) -> dict[str, Finding]:
     facts = Facts(
@@ -33,6 +35,7 @@ def look(
         overlay_failure=None,
         overlay_tried=True,
         unserved=[] if unserved is None else unserved,
+        helper=Helper("", runs=False, ours=HELPER) if helper is None else helper,
         namespace=namespace,
     )
     return {finding.check: finding for finding in examine(facts, IMAGES, LAYERS)}
@@ -90,6 +93,29 @@ def test_the_layer_store_is_of_no_use_to_a_podman_that_forgets() -> None:
     assert look(conf=with_layers(f"{LAYERS}:ref"))["layer-store"].state.value == "ok"
     new = look(podman=(5, 8), conf=with_layers(f"{LAYERS}:ref"))["layer-store"]
     assert new.state.value == "warning"
+
+
+def test_credentials_are_handed_over_by_a_program_that_registries_conf_names() -> None:
+    used = with_layers(f"{LAYERS}:ref")
+    unnamed = look(podman=(5, 2), conf=used)["credentials"]
+    assert unnamed.state.value == "warning"
+    assert f'additional-layer-store-auth-helper = "{HELPER}"' in unnamed.mend
+    named = look(podman=(5, 2), conf=used, helper=Helper(HELPER, runs=True, ours=HELPER))
+    assert named["credentials"].found == f"podman hands them to {HELPER}"
+
+
+@pytest.mark.parametrize("version", [(4, 3), (5, 1), (5, 4)])
+def test_other_podmans_have_nobody_to_hand_credentials_to(version: tuple[int, int]) -> None:
+    found = look(podman=version, conf=with_layers(f"{LAYERS}:ref"))["credentials"]
+    assert found.state.value == "ok"
+
+
+def test_a_program_for_credentials_that_is_not_there() -> None:
+    gone = Helper("/opt/gone", runs=False, ours=HELPER)
+    found = look(podman=(5, 8), helper=gone)["credentials"]
+    assert found.state.value == "problem"
+    assert "/opt/gone" in found.found
+    assert look(helper="it is malformed")["credentials"].found == "it is malformed"
 
 
 def test_no_storage_conf_and_another_driver_are_problems() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.instance import Instance, firstbyte, instance
 from tests.support.podman import Podman, Version, podman
+from tests.support.registry import PASSWORD, USERNAME, docker_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,14 +52,50 @@ def served(new: Podman) -> Iterator[Instance]:
     (here.base / "programs").mkdir(exist_ok=True)
     new.configure(additionallayerstores=[f"{here.root}/podman/layers:ref"])
     yield here
-    new.reset()
-    for diff in (new.graph_root / "overlay").glob("*/diff"):
-        if diff.is_symlink():  # of layers that podman has forgotten
-            shutil.rmtree(diff.parent)
+    forget_pulled(new)
     here.succeed("daemon", "--stop")
     for process in here.started:
         process.wait(timeout=30)
     new.configure()
+
+
+def forget_pulled(new: Podman) -> None:
+    new.reset()
+    for diff in (new.graph_root / "overlay").glob("*/diff"):
+        if diff.is_symlink():  # of layers that podman has forgotten
+            shutil.rmtree(diff.parent)
+
+
+@pytest.fixture(scope="module")
+def private(new: Podman, app: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The image in a registry with a password."""
+    with docker_registry(tmp_path_factory.mktemp("private"), password=True) as registry:
+        reference = registry.reference("team/private")
+        let_podman(new, registry.host)
+        new.succeed("pull", "-q", app)
+        push = ("push", "-q", "--compression-format=zstd:chunked", "--force-compression")
+        new.succeed(*push, f"--creds={USERNAME}:{PASSWORD}", app, reference)
+        new.reset()
+        yield reference
+
+
+def let_podman(new: Podman, host: str, helper: Path | None = None) -> None:
+    """Use another registry, too, and hand credentials to a program."""
+    path = new.base / "registries.conf"
+    _, table, text = path.read_text().partition("[[registry]]")
+    more = f'[[registry]]\nlocation = "{host}"\ninsecure = true\n'
+    named = f'additional-layer-store-auth-helper = "{helper}"\n' if helper else ""
+    path.write_text(named + table + text.replace(more, "") + more)
+
+
+def helper_for(here: Instance) -> Path:
+    """The program of this instance, which podman can run in its own root."""
+    path = here.base / "programs/helper"
+    program = Path(sys.executable).with_name("firstbyte-podman-credentials")
+    places = f"--root {here.root} --state {here.state}"
+    path.write_text(f"#!/bin/sh\nexec chroot /proc/{os.getpid()}/root {program} {places}\n")
+    path.chmod(0o755)
+    return path
 
 
 def start_beside(here: Instance, version: str) -> None:
@@ -93,3 +132,38 @@ def test_an_image_without_tables_is_pulled_as_ever(new: Podman, app: str, served
     new.succeed("pull", "-q", app)
     assert from_the_store(new) == 0
     assert new.succeed("run", "--rm", "--pull=never", app) == "third"
+
+
+def test_credentials_of_one_command_do_for_its_layers(
+    new: Podman, private: str, served: Instance
+) -> None:
+    """Nobody is logged in; what is handed over is forgotten with the daemon, and never on disk."""
+    host, creds = private.partition("/")[0], f"--creds={USERNAME}:{PASSWORD}"
+    start_beside(served, "5.2.0")
+    new.succeed("pull", "-q", creds, private)
+    assert from_the_store(new) == 0
+    new.succeed("rmi", private)
+    let_podman(new, host, helper_for(served))
+    new.succeed("pull", "-q", creds, private)
+    assert from_the_store(new) == 3
+    forget_pulled(new)
+    assert PASSWORD not in served.log()
+    for path in (*served.root.rglob("*"), *served.state.glob("*")):
+        if path.is_file() and not path.is_relative_to(served.root / "podman/layers"):
+            assert PASSWORD.encode() not in path.read_bytes(), path
+    served.succeed("daemon", "--stop")
+    start_beside(served, "5.2.0")
+    let_podman(new, host)
+    new.succeed("pull", "-q", creds, private)
+    assert from_the_store(new) == 0
+
+
+def test_a_pull_goes_on_when_credentials_cannot_be_handed_over(
+    new: Podman, private: str, served: Instance
+) -> None:
+    """podman says so, and pulls."""
+    let_podman(new, private.partition("/")[0], helper_for(served))
+    done = new.run("pull", "-q", f"--creds={USERNAME}:{PASSWORD}", private)
+    assert done.returncode == 0
+    assert "additional-layer-store-auth-helper" in done.stderr
+    assert from_the_store(new) == 0

@@ -84,6 +84,7 @@ def test_everything_is_where_it_is_looked_for(dest: Path) -> None:
     assert found(dest) == {
         "etc/firstbyte/config.toml",
         "usr/local/bin/firstbyte",
+        "usr/local/bin/firstbyte-podman-credentials",
         "usr/local/lib/firstbyte/installed",
         "usr/local/lib/systemd/system/firstbyte.service",
         "usr/local/lib/systemd/system/firstbyte.socket",
