@@ -36,7 +36,7 @@ READ = ["read", "--samples", "99", "--corpus", "{tree}"]
 HANDOVER = ["handover", "--images", "2", "--files", "100", "--samples", "99"]
 LAYERS = ["layers", "--layers", "2", "--samples", "99"]
 COLD_START = ["cold-start", "--images", "{list}", "--cache", "{cache}", "--mode"]
-CONCURRENT = ["concurrent", "--images", "{list}", "--cache", "{cache}", "--image", "tiny"]
+CONCURRENT = ["concurrent", "--image", "tiny", "--starts", "3", *COLD_START[1:]]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ CONCURRENT = ["concurrent", "--images", "{list}", "--cache", "{cache}", "--image
             has("node-0-podman/graph/overlay/*/merged"),
             signal.SIGTERM,
         ),
-        (CONCURRENT, has("node-0-containerd/*.pid"), signal.SIGTERM),
+        ([*CONCURRENT, "firstbyte"], has("node-0-containerd/*.pid"), signal.SIGTERM),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -74,12 +74,13 @@ def test_it_ends_when_its_whole_group_is_told_so(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, process_group=0
     ) as running:
         end = time.monotonic() + SECONDS
-        while not any(map(begun, workplace.iterdir())) and time.monotonic() < end:
+        while not (reached := any(map(begun, workplace.iterdir()))) and time.monotonic() < end:
             assert running.poll() is None
             time.sleep(0.01)
         (workspace,) = workplace.iterdir()
         os.killpg(running.pid, number)
         _, said = running.communicate(timeout=SECONDS)
+    assert reached
     assert running.returncode == 128 + number, said
     assert said.splitlines()[-1] == f"firstbyte: interrupted by {number.name}"
     assert "Traceback" not in said
