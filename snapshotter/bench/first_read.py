@@ -20,9 +20,9 @@ from snapshotter.bench.workloads import list_files, read_everything
 from snapshotter.demo.registry import LocalRegistry
 from snapshotter.images import artifact
 from snapshotter.registry.credentials import CredentialStore
-from snapshotter.registry.layout import PREFIX
 from snapshotter.registry.locations import Locations
 from snapshotter.registry.platform import Platform
+from snapshotter.registry.reference import LAYOUT_PREFIX
 from snapshotter.registry.transport import Transport
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def first_read(image: StoredImage, workspace: Workspace, samples: int) -> Table:
     files = list_files(unpacked)
     shutil.rmtree(unpacked)
     host = LocalRegistry(workspace).host
-    indexed, registry = f"{PREFIX}{directory / 'indexed'}", f"{host}/bench:latest"
+    indexed, registry = f"{LAYOUT_PREFIX}{directory / 'indexed'}", f"{host}/bench:latest"
     trio.run(_publish, image, build(image), (indexed, registry))
     starts: dict[str, Callable[[], _Start]] = {
         "unpack with tar, then read": partial(_unpack_and_read, image, unpacked, files)

@@ -18,9 +18,10 @@ from index.tables import Codec
 from snapshotter.images.conversion import MEDIA_TYPES
 from snapshotter.registry.digests import digest_of
 from snapshotter.registry.image import body_of
-from snapshotter.registry.layout import PREFIX, Layout
+from snapshotter.registry.layout import Layout
 from snapshotter.registry.manifest import OCI_CONFIG, OCI_LAYER, Descriptor, Manifest
 from snapshotter.registry.platform import Platform
+from snapshotter.registry.reference import LAYOUT_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
@@ -92,7 +93,7 @@ class StoredImage:
 
     @property
     def reference(self) -> str:
-        return f"{PREFIX}{self.layout}"
+        return f"{LAYOUT_PREFIX}{self.layout}"
 
 
 def write_image(layout: Path, form: Form, layers: Sequence[RawLayer]) -> StoredImage:

@@ -24,8 +24,8 @@ from snapshotter.demo.packages import Packages
 from snapshotter.demo.registry import LocalRegistry
 from snapshotter.demo.task import Task
 from snapshotter.demo.workspace import mounts_below
-from snapshotter.registry.layout import PREFIX
 from snapshotter.registry.platform import Platform
+from snapshotter.registry.reference import LAYOUT_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,7 +108,7 @@ def _publish(
     }
     write_image(layout, "bench", layers, config)
     name = f"layers-{count}:latest"
-    registry.copy_in(f"{PREFIX}{layout}:bench", name)
+    registry.copy_in(f"{LAYOUT_PREFIX}{layout}:bench", name)
     reference = f"{registry.host}/{name}"
     build_index(workspace, reference)
     shutil.rmtree(layout)

@@ -18,9 +18,10 @@ from snapshotter.bench.tables import Cell, Table
 from snapshotter.bench.timing import drop_caches
 from snapshotter.registry.digests import digest_of
 from snapshotter.registry.image import body_of
-from snapshotter.registry.layout import PREFIX, Layout
+from snapshotter.registry.layout import Layout
 from snapshotter.registry.manifest import OCI_CONFIG, Descriptor, Manifest
 from snapshotter.registry.platform import Platform
+from snapshotter.registry.reference import LAYOUT_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,7 +75,7 @@ def take_in(node: Node, count: int, directory: Path, target: Path, host: str) ->
     index = make_index(count)
     packed.write_bytes(index.packed())
     digest = trio.run(_write_image, Layout(layout), index)
-    node.show(f"{PREFIX}{layout}", target, wait_local=False, mode="erofs", index=packed)
+    node.show(f"{LAYOUT_PREFIX}{layout}", target, wait_local=False, mode="erofs", index=packed)
     node.hide(target)
     return f"{host}/bench@{digest}"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
-import trio
 
 from index.errors import FirstByteError
 from snapshotter.cli.connection import json_option
@@ -153,16 +152,11 @@ def _served(places: Places) -> Served | str:
 
 def _status(places: Places) -> protocol.Status | str:
     """The daemon's account of itself, or why there is none."""
-
-    async def ask() -> protocol.Reply | None:
-        with trio.fail_after(_ANSWER_SECONDS):
-            return await client.ask(places, protocol.StatusRequest(), start=None)
-
     if os.geteuid():
         return "only root may ask the daemon"
     try:
-        reply = trio.run(ask)
-    except trio.TooSlowError:
+        reply = client.ask(places, protocol.StatusRequest(), start=None, within=_ANSWER_SECONDS)
+    except TimeoutError:
         return f"the daemon does not answer within {_ANSWER_SECONDS:.0f} seconds"
     except FirstByteError as error:
         return str(error)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
-import trio
 
 from snapshotter.cli import progress
 from snapshotter.cli.connection import (
@@ -31,7 +30,7 @@ from snapshotter.daemon.places import Places
 from snapshotter.mounts.table import mount_at
 from snapshotter.podman import rootless
 from snapshotter.podman.storage_conf import find_storage_conf, read_storage_conf
-from snapshotter.registry.layout import PREFIX
+from snapshotter.registry.reference import LAYOUT_PREFIX
 from snapshotter.store.durable import make_directory
 
 if TYPE_CHECKING:
@@ -121,23 +120,19 @@ def umount(directory: Path, root: Path | None, state: Path | None) -> None:
     require_root()
     places = places_of(root, state)
     target = absolute(directory)
-
-    async def run() -> None:
-        request = protocol.UmountRequest(target)
-        reply = await client.ask(places, request, start=None)
-        if reply is None:
-            _require_ours(places, Path(target))
-            try:
-                reply = await client.ask(places, request, start=chosen_config(root, state))
-            except DaemonError:
-                if mount_at(Path(target)) is not None:
-                    raise
-                return  # the daemon that was started found it dead, and took it down
-        assert isinstance(reply, protocol.Unmounted)
-        if reply.ending:
-            await client.wait_ended(places)
-
-    trio.run(run)
+    request = protocol.UmountRequest(target)
+    reply = client.ask(places, request, start=None)
+    if reply is None:
+        _require_ours(places, Path(target))
+        try:
+            reply = client.ask(places, request, start=chosen_config(root, state))
+        except DaemonError:
+            if mount_at(Path(target)) is not None:
+                raise
+            return  # the daemon that was started found it dead, and took it down
+    assert isinstance(reply, protocol.Unmounted)
+    if reply.ending:
+        client.wait_ended(places)
 
 
 @click.command()
@@ -147,7 +142,7 @@ def status(root: Path | None, state: Path | None, as_json: bool) -> None:
     """Show what is mounted, and how much of it is on this node."""
     places = places_of(root, state)
     act_as_root(places)
-    reply = trio.run(partial(client.ask, places, protocol.StatusRequest(), start=None))
+    reply = client.ask(places, protocol.StatusRequest(), start=None)
     if reply is None:
         reply = protocol.Status(pid=0, root=str(places.root), state=str(places.state), mounts=[])
     assert isinstance(reply, protocol.Status)
@@ -191,24 +186,22 @@ def daemon(
     read waits for the next daemon, which goes on. `firstbyte mount` starts a daemon by itself where
     none runs; that one does not serve containerd.
     """
-    from snapshotter.daemon import process  # what the other commands leave to the daemon
-
     chosen = chosen_config(root, state)
     places = Places(chosen.root, chosen.state)
     act_as_root(places)
     log_to_stderr()
     if stop:
-        trio.run(_stop, places, chosen)
+        # By a daemon that is started for that if none runs.
+        client.ask(places, protocol.StopRequest(), start=chosen)
+        client.wait_ended(places)
         return
     if address is not None:
         chosen = msgspec.structs.replace(chosen, address=Path(absolute(address)))
+    import trio  # what the other commands leave to the daemon
+
+    from snapshotter.daemon import process
+
     trio.run(partial(process.run, chosen, stay=True, ready=lambda: None, replace=replace))
-
-
-async def _stop(places: Places, config: Config) -> None:
-    """Have everything taken down, by a daemon that is started for that if none runs."""
-    await client.ask(places, protocol.StopRequest(), start=config)
-    await client.wait_ended(places)
 
 
 def _require_ours(places: Places, target: Path) -> None:
@@ -229,14 +222,11 @@ def ask_with_progress(
     Raises FirstByteError.
     """
     with progress.show(quiet=quiet) as shown:
-        return trio.run(
-            partial(
-                client.ask,
-                places_of(root, state),
-                request,
-                start=chosen_config(root, state),
-                on_progress=Bars(shown).update,
-            )
+        return client.ask(
+            places_of(root, state),
+            request,
+            start=chosen_config(root, state),
+            on_progress=Bars(shown).update,
         )
 
 
@@ -338,7 +328,7 @@ def absolute(path: Path) -> str:
 
 def absolute_layout(reference: str) -> str:
     """The daemon has a working directory of its own."""
-    if not reference.startswith(PREFIX):
+    if not reference.startswith(LAYOUT_PREFIX):
         return reference
-    path, colon, tag = reference.removeprefix(PREFIX).partition(":")
-    return f"{PREFIX}{os.path.realpath(path)}{colon}{tag}"
+    path, colon, tag = reference.removeprefix(LAYOUT_PREFIX).partition(":")
+    return f"{LAYOUT_PREFIX}{os.path.realpath(path)}{colon}{tag}"

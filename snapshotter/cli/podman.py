@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
-import trio
 
 from snapshotter.cli.connection import index_option, json_option, platform_option
 from snapshotter.cli.mount import (
@@ -92,16 +90,12 @@ def rm(images: tuple[str, ...], root: Path | None, state: Path | None) -> None:
     """
     places = places_of(root, state)
     act_as_root(places)
-
-    async def run() -> None:
-        for image in images:
-            request = protocol.PodmanRemoveRequest(absolute_layout(image), _graph_roots())
-            reply = await client.ask(places, request, start=chosen_config(root, state))
-            assert isinstance(reply, protocol.Unmounted)
-            if reply.ending:
-                await client.wait_ended(places)
-
-    trio.run(run)
+    for image in images:
+        request = protocol.PodmanRemoveRequest(absolute_layout(image), _graph_roots())
+        reply = client.ask(places, request, start=chosen_config(root, state))
+        assert isinstance(reply, protocol.Unmounted)
+        if reply.ending:
+            client.wait_ended(places)
 
 
 @podman.command()
@@ -123,16 +117,15 @@ def credentials(root: Path | None, state: Path | None) -> None:
             f"what is on standard input is no credentials ({error})", hint="this is for podman"
         ) from error
     places = places_of(root, state)
-
-    async def run() -> None:
-        with trio.move_on_after(_HELPER_SECONDS):
-            request = protocol.PodmanCredentialsRequest(handed)
-            if await client.ask(places, request, start=None) is None:
-                raise DaemonError(f"no daemon runs in {places.state}", hint="podman pulls as ever")
-            return
-        raise DaemonError(f"the daemon does not answer within {_HELPER_SECONDS:.0f} seconds")
-
-    trio.run(run)
+    request = protocol.PodmanCredentialsRequest(handed)
+    try:
+        reply = client.ask(places, request, start=None, within=_HELPER_SECONDS)
+    except TimeoutError as error:
+        raise DaemonError(
+            f"the daemon does not answer within {_HELPER_SECONDS:.0f} seconds"
+        ) from error
+    if reply is None:
+        raise DaemonError(f"no daemon runs in {places.state}", hint="podman pulls as ever")
 
 
 @podman.command()
@@ -142,7 +135,7 @@ def ls(root: Path | None, state: Path | None, as_json: bool) -> None:
     """List what is in the store, and how much of it is on this node."""
     places = places_of(root, state)
     act_as_root(places)
-    reply = trio.run(partial(client.ask, places, protocol.StatusRequest(), start=None))
+    reply = client.ask(places, protocol.StatusRequest(), start=None)
     assert reply is None or isinstance(reply, protocol.Status)
     images = _unserved(places) if reply is None else reply.podman
     if as_json:

@@ -18,9 +18,8 @@ from snapshotter.images.discovery import find_index
 from snapshotter.images.profiles import find_profile
 from snapshotter.registry.chain import chain_ids
 from snapshotter.registry.errors import InvalidReferenceError, NotFoundError
-from snapshotter.registry.layout import PREFIX
 from snapshotter.registry.manifest import parse_config
-from snapshotter.registry.reference import Reference
+from snapshotter.registry.reference import LAYOUT_PREFIX, Reference
 from snapshotter.store.images import ImageStore
 from snapshotter.store.indexes import IndexStore
 from snapshotter.store.profiles import ProfileStore
@@ -135,7 +134,7 @@ def _known_here(what: str, places: Places) -> str | None:
     """The chain ID of what is mounted on a directory, or of what this node knows by that name."""
     images = ImageStore(places.root, writer=False)
     store = ProfileStore(places.root, writer=False)
-    if Path(what).is_dir() and not what.startswith(PREFIX):
+    if Path(what).is_dir() and not what.startswith(LAYOUT_PREFIX):
         target = os.path.realpath(what)
         for mount in Records(places.records).mounts:
             if mount.target == target:
@@ -170,7 +169,7 @@ def _chain_of(record: ImageRecord) -> str:
 
 
 def _normal(name: str) -> str:
-    if name.startswith(PREFIX):
+    if name.startswith(LAYOUT_PREFIX):
         return name
     try:
         return str(Reference.parse(name))

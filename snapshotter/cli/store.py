@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
-import trio
 
 from snapshotter.cli.connection import json_option
 from snapshotter.cli.mount import act_as_root, chosen_config, places_options
@@ -46,7 +44,7 @@ def gc(
     places = Places(config.root, config.state)
     act_as_root(places)
     request = protocol.CollectRequest(everything=everything, dry_run=dry_run)
-    reply = trio.run(partial(client.ask, places, request, start=None))
+    reply = client.ask(places, request, start=None)
     if reply is None:
         from snapshotter.daemon import offline  # gRPC's and SQLite's imports, only when needed
 
@@ -78,7 +76,7 @@ def df(layers: bool, root: Path | None, state: Path | None, as_json: bool) -> No
     config = chosen_config(root, state)
     places = Places(config.root, config.state)
     act_as_root(places)
-    reply = trio.run(partial(client.ask, places, protocol.DiskUsageRequest(), start=None))
+    reply = client.ask(places, protocol.DiskUsageRequest(), start=None)
     if reply is None:
         from snapshotter.daemon import offline
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from functools import partial
 from pathlib import Path
 
 import click
 import msgspec
-import trio
 
 from index.extents import FileExtents
 from index.file import FileIndex
@@ -42,7 +40,7 @@ def why(image: str, svg: Path | None, root: Path | None, state: Path | None, as_
     places = places_of(root, state)
     act_as_root(places)
     name = os.path.realpath(image) if Path(image).is_dir() else image
-    reply = trio.run(partial(client.ask, places, protocol.WhyRequest(name), start=None))
+    reply = client.ask(places, protocol.WhyRequest(name), start=None)
     if reply is None:
         raise DaemonError("no daemon runs, so nothing is on record")
     assert isinstance(reply, protocol.StartRecord)

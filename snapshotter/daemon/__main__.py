@@ -19,13 +19,13 @@ def main() -> int:
     """Run until the last mount has gone. The starter reads from `--ready` how the start went."""
     parser = argparse.ArgumentParser(prog="snapshotter.daemon", description=__doc__)
     parser.add_argument("--config", type=config.decode, required=True, help="as JSON")
-    parser.add_argument("--ready", type=int, required=True, help="descriptor of a pipe")
+    parser.add_argument("--ready", type=int, required=True, help="descriptor of a socket")
     options = parser.parse_args()
     log_to_stderr()
 
     def tell(message: protocol.FromDaemon) -> None:
-        with os.fdopen(options.ready, "wb") as pipe:
-            pipe.write(protocol.encode(message))
+        with os.fdopen(options.ready, "wb") as starter:
+            starter.write(protocol.encode(message))
 
     def ready() -> None:
         tell(protocol.Hello(protocol.VERSION, os.getpid()))

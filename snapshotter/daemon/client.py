@@ -1,13 +1,19 @@
-"""The command line's end of the control socket; starts the daemon when none runs."""
+"""The command line's end of the control socket; starts the daemon when none runs.
+
+It blocks, and does without trio: a command does one thing, and importing trio would be half of what
+`firstbyte status` takes.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+import socket
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
-
-import trio
 
 from snapshotter.daemon import protocol
 from snapshotter.daemon.config import encode
@@ -28,32 +34,35 @@ _POLL_SECONDS = 0.02
 _RECEIVE = 64 << 10
 
 
-async def ask(
+def ask(
     places: Places,
     request: Request,
     *,
     start: Config | None,
     on_progress: Callable[[protocol.Progress], None] = lambda _: None,
+    within: float = math.inf,
 ) -> Reply | None:
     """Send one request and wait for its reply; None if no daemon runs and none is to be started.
 
-    `start` is the configuration for one that is started.
+    `start` is the configuration for one that is started. `within` is how many seconds a daemon
+    that runs may take to greet, and then to reply.
 
-    Being cancelled interrupts the request in the daemon too. Raises DaemonError, with the
-    daemon's own words if it refused.
+    An exception meanwhile, such as KeyboardInterrupt, interrupts the request in the daemon too.
+    Raises DaemonError, with the daemon's own words if it refused, and TimeoutError.
     """
     of_any_version = isinstance(request, protocol.HandOverRequest | protocol.StopRequest)
-    connection = await _connect(places, of_any_version=of_any_version)
+    connection = _connect(places, of_any_version=of_any_version, within=within)
     if connection is None and start is not None:
-        await _start(places, start)
-        connection = await _connect(places)
+        _start(places, start)
+        connection = _connect(places)
         if connection is None:
             raise DaemonError("the daemon ended right after its start", hint=f"see {places.log}")
     if connection is None:
         return None
-    async with connection:
-        await connection.send(request)
-        while isinstance(message := await connection.receive(), protocol.Progress):
+    with connection:
+        deadline = time.monotonic() + within
+        connection.send(request)
+        while isinstance(message := connection.receive(deadline), protocol.Progress):
             on_progress(message)
     if isinstance(message, protocol.Failed):
         raise DaemonError(message.message, hint=message.hint)
@@ -62,49 +71,57 @@ async def ask(
     return message
 
 
-async def wait_ended(places: Places) -> None:
+def wait_ended(places: Places) -> None:
     """Wait until the daemon of these places is gone, for a while at most."""
-    with trio.move_on_after(_END_SECONDS):
-        while True:
-            with locked(places.daemon_lock) as free:
-                if free:
-                    return
-            await trio.sleep(_POLL_SECONDS)
+    deadline = time.monotonic() + _END_SECONDS
+    while time.monotonic() < deadline:
+        with locked(places.daemon_lock) as free:
+            if free:
+                return
+        time.sleep(_POLL_SECONDS)
 
 
 class _Connection:
     """A connection to a daemon, to be closed."""
 
-    def __init__(self, stream: trio.abc.Stream) -> None:
+    def __init__(self, stream: socket.socket) -> None:
         self._stream = stream
         self._reader = protocol.answer_reader()
         self._messages: list[FromDaemon] = []
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    async def close(self) -> None:
-        await trio.aclose_forcefully(self._stream)
+    def close(self) -> None:
+        self._stream.close()
 
-    async def send(self, request: Request) -> None:
+    def send(self, request: Request) -> None:
+        self._stream.settimeout(_GREETING_SECONDS)  # the socket's buffer takes all of it at once
         try:
-            await self._stream.send_all(protocol.encode(request))
-        except trio.BrokenResourceError as error:
+            self._stream.sendall(protocol.encode(request))
+        except ConnectionError as error:
             raise _EndedError from error
 
-    async def receive(self) -> FromDaemon:
-        """The next message. Raises ControlProtocolError, or DaemonError if none will come."""
+    def receive(self, deadline: float) -> FromDaemon:
+        """The next message, before `time.monotonic()` is `deadline`.
+
+        Raises ControlProtocolError, DaemonError if none will come, or TimeoutError.
+        """
         while not self._messages:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._stream.settimeout(left if left < math.inf else None)
             try:
-                data = await self._stream.receive_some(_RECEIVE)
-            except trio.BrokenResourceError as error:
+                data = self._stream.recv(_RECEIVE)
+            except ConnectionError as error:
                 raise _EndedError from error
             if not data:
                 raise _EndedError
-            self._messages = self._reader.feed(bytes(data))
+            self._messages = self._reader.feed(data)
         return self._messages.pop(0)
 
 
@@ -113,32 +130,35 @@ class _EndedError(DaemonError):
         super().__init__("the daemon ended the connection", hint="its log says why")
 
 
-async def _connect(places: Places, *, of_any_version: bool = False) -> _Connection | None:
+def _connect(
+    places: Places, *, of_any_version: bool = False, within: float = _GREETING_SECONDS
+) -> _Connection | None:
     """A connection to a daemon that has greeted us, or None if there is no living one."""
-    try:
-        connection = _Connection(await trio.open_unix_socket(places.socket))
-    except (FileNotFoundError, ConnectionRefusedError):
-        return None
-    except PermissionError as error:
-        raise DaemonError(
-            f"no permission to talk to the daemon at {places.socket}", hint="run this as root"
-        ) from error
-    except OSError as error:
-        raise DaemonError(f"cannot connect to {places.socket}: {error.strerror}") from error
-    try:
-        with trio.move_on_after(_GREETING_SECONDS):
-            _check_greeting(await connection.receive(), of_any_version=of_any_version)
-            return connection
-    except _EndedError:  # it was ending just now
-        await connection.close()
-        return None
-    except BaseException:
-        await connection.close()
-        raise
-    await connection.close()
-    raise DaemonError(
-        f"the daemon at {places.socket} does not answer", hint=f"its log is {places.log}"
-    )
+    stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    stream.setblocking(False)  # where too many wait already, it is an error, and no more waiting
+    connection = _Connection(stream)
+    with ExitStack() as unless_greeted:
+        unless_greeted.enter_context(connection)
+        try:
+            stream.connect(os.fspath(places.socket))
+            greeting = connection.receive(time.monotonic() + min(within, _GREETING_SECONDS))
+        except (FileNotFoundError, ConnectionRefusedError, _EndedError):
+            return None  # the last was ending just now
+        except PermissionError as error:
+            raise DaemonError(
+                f"no permission to talk to the daemon at {places.socket}", hint="run this as root"
+            ) from error
+        except TimeoutError as error:
+            raise DaemonError(
+                f"the daemon at {places.socket} does not answer", hint=f"its log is {places.log}"
+            ) from error
+        except OSError as error:
+            raise DaemonError(
+                f"cannot connect to {places.socket}: {error.strerror or error}"
+            ) from error
+        _check_greeting(greeting, of_any_version=of_any_version)
+        unless_greeted.pop_all()
+    return connection
 
 
 def _check_greeting(message: FromDaemon, *, of_any_version: bool = False) -> None:
@@ -151,54 +171,55 @@ def _check_greeting(message: FromDaemon, *, of_any_version: bool = False) -> Non
         )
 
 
-async def _start(places: Places, config: Config) -> None:
+def _start(places: Places, config: Config) -> None:
     """Have a daemon running, started by us or by somebody else who does the same right now."""
     places.create()
-    with trio.move_on_after(_START_SECONDS):
-        while True:
-            with locked(places.start_lock) as mine:
-                if mine:
-                    connection = await _connect(places)
-                    if connection is None:
-                        try:
-                            await _spawn(places, config)
-                        except DaemonError:
-                            # A service manager may have been about to start one, too.
-                            connection = await _connect(places)
-                            if connection is None:
-                                raise
-                    if connection is not None:
-                        await connection.close()
-                    return
-            await trio.sleep(_POLL_SECONDS)
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        with locked(places.start_lock) as mine:
+            if mine:
+                connection = _connect(places)
+                if connection is None:
+                    try:
+                        _spawn(places, config, deadline)
+                    except TimeoutError:
+                        break
+                    except DaemonError:
+                        # A service manager may have been about to start one, too.
+                        connection = _connect(places)
+                        if connection is None:
+                            raise
+                if connection is not None:
+                    connection.close()
+                return
+        time.sleep(_POLL_SECONDS)
     raise DaemonError(
         f"the daemon did not start within {_START_SECONDS:.0f} seconds", hint=f"see {places.log}"
     )
 
 
-async def _spawn(places: Places, config: Config) -> None:
-    """Start a daemon that outlives us, and wait until it serves. Raises its own DaemonError."""
-    readable, writable = os.pipe()
-    with places.log.open("ab") as log:
+def _spawn(places: Places, config: Config, deadline: float) -> None:
+    """Start a daemon that outlives us, and wait until it serves.
+
+    Raises its own DaemonError, or TimeoutError.
+    """
+    ours, theirs = socket.socketpair()
+    with _Connection(ours) as connection:
         command = [sys.executable, "-m", "snapshotter.daemon"]
-        command += ["--config", encode(config)]
-        try:
+        command += ["--config", encode(config), "--ready", str(theirs.fileno())]
+        with theirs, places.log.open("ab") as log:
             # setsid: the daemon is in a session of its own and nobody's child.
-            await trio.run_process(
-                ["setsid", "--fork", *command, "--ready", str(writable)],
+            subprocess.run(
+                ["setsid", "--fork", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[writable],
+                pass_fds=[theirs.fileno()],
                 cwd="/",
+                check=True,
             )
-        finally:
-            os.close(writable)
-            outcome = trio.lowlevel.FdStream(readable)
-    connection = _Connection(outcome)
-    async with connection:
         try:
-            message = await connection.receive()
+            message = connection.receive(deadline)
         except _EndedError as error:
             raise DaemonError("the daemon cannot start", hint=f"see {places.log}") from error
     if isinstance(message, protocol.Failed):

@@ -15,9 +15,8 @@ from index.file import FileIndex
 from snapshotter.images.artifact import PACK_TYPE, check_belongs
 from snapshotter.images.discovery import FoundIndex, Trust
 from snapshotter.registry.image import ResolvedImage
-from snapshotter.registry.layout import PREFIX
 from snapshotter.registry.manifest import Descriptor, Manifest, check_image, parse, parse_config
-from snapshotter.registry.reference import Reference
+from snapshotter.registry.reference import LAYOUT_PREFIX, Reference
 from snapshotter.store.errors import StoreError
 from snapshotter.store.images import ImageRecord, ImageStore
 from snapshotter.store.indexes import IndexStore
@@ -53,7 +52,7 @@ class Knowledge:
 
         A tag may mean another image today, so it is always asked for.
         """
-        if reference.startswith(PREFIX):
+        if reference.startswith(LAYOUT_PREFIX):
             return None
         digest = Reference.parse(reference).digest
         if digest is None:

@@ -21,8 +21,7 @@ from snapshotter.daemon.errors import DaemonError
 from snapshotter.nursery import open_nursery
 from snapshotter.podman.graph_root import GraphRoot, Image, link_name
 from snapshotter.podman.users import users_of
-from snapshotter.registry.layout import PREFIX
-from snapshotter.registry.reference import Reference
+from snapshotter.registry.reference import LAYOUT_PREFIX, Reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -224,8 +223,8 @@ class PodmanImages:
 
 def podman_name(reference: str) -> str:
     """What podman calls an image. Raises InvalidReferenceError."""
-    if reference.startswith(PREFIX):  # as podman does: the directory's name
-        path, _, tag = reference.removeprefix(PREFIX).partition(":")
+    if reference.startswith(LAYOUT_PREFIX):  # as podman does: the directory's name
+        path, _, tag = reference.removeprefix(LAYOUT_PREFIX).partition(":")
         reference = f"localhost/{path.rstrip('/').rpartition('/')[2].lower()}:{tag or 'latest'}"
     parsed = Reference.parse(reference)
     return f"{parsed.name}@{parsed.digest}" if parsed.digest else f"{parsed.name}:{parsed.tag}"

@@ -97,7 +97,9 @@ async def run(
         opened = await trio.to_thread.run_sync(opened_indexes, places) if replace else []
         with ExitStack() as held:
             if replace:
-                await client.ask(places, protocol.HandOverRequest(), start=None)
+                request = protocol.HandOverRequest()
+                ask = functools.partial(client.ask, places, request, start=None)
+                await trio.to_thread.run_sync(ask, abandon_on_cancel=True)
             kept = descriptor_store(places.state)
             await _take_lock(places, held, kept)
             records = Records(places.records)

@@ -8,10 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
-
-import trio
 
 from snapshotter.daemon import client, protocol
 from snapshotter.daemon.config import SOCKET_NAME
@@ -159,7 +156,7 @@ class Node:
 
     def _ask(self, request: protocol.Request, kind: type[_T]) -> _T:
         # In this process: a command of its own would take part of what is measured.
-        reply = trio.run(partial(client.ask, self.places, request, start=None))
+        reply = client.ask(self.places, request, start=None)
         if not isinstance(reply, kind):
             raise DemoError("firstbyte's daemon does not run", hint=self._log.read_text()[-500:])
         return reply

@@ -15,8 +15,7 @@ import msgspec
 from snapshotter.demo.errors import DemoError
 from snapshotter.demo.workspace import stop_group
 from snapshotter.registry.endpoint import is_loopback
-from snapshotter.registry.layout import PREFIX
-from snapshotter.registry.reference import Reference
+from snapshotter.registry.reference import LAYOUT_PREFIX, Reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,7 +92,7 @@ class LocalRegistry:
         that of this machine is copied. Raises InvalidReferenceError or DemoError.
         """
         source, options = image, []
-        if not image.startswith(PREFIX):
+        if not image.startswith(LAYOUT_PREFIX):
             source = f"docker://{image}"
             if is_loopback(Reference.parse(image).registry):
                 options = ["--src-tls-verify=false"]

@@ -22,9 +22,8 @@ from snapshotter.demo.registry import LocalRegistry
 from snapshotter.demo.timeline import FullPull, Lazy, Timeline
 from snapshotter.demo.ways import LazyMount, PodmanRun, Pull, Runtime, UnpackedMount, Way
 from snapshotter.demo.workspace import Workspace
-from snapshotter.registry.layout import PREFIX
 from snapshotter.registry.manifest import Manifest, parse, parse_config
-from snapshotter.registry.reference import DEFAULT_TAG, Reference
+from snapshotter.registry.reference import DEFAULT_TAG, LAYOUT_PREFIX, Reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -132,7 +131,7 @@ class _Demo:
             raw = sum(layer.raw_size for layer in layers)
             step.detail = f"{len(layers)} layers, {raw / 1e6:.0f} MB unpacked"
         with self._narrator.step("push it, as any tool would"):
-            registry.copy_in(f"{PREFIX}{layout}:{sample_image.TAG}", name)
+            registry.copy_in(f"{LAYOUT_PREFIX}{layout}:{sample_image.TAG}", name)
         return name
 
     def _inspect(self, reference: str) -> tuple[Manifest, ImageConfig]:
@@ -235,7 +234,7 @@ class _Demo:
 
 def _local_name(image: str) -> str:
     """Repository and tag in the local registry, to be recognised by."""
-    if image.startswith(PREFIX):
+    if image.startswith(LAYOUT_PREFIX):
         return f"image:{DEFAULT_TAG}"
     reference = Reference.parse(image)
     return f"{reference.repository}:{reference.tag or DEFAULT_TAG}"

@@ -31,6 +31,7 @@ from snapshotter.registry.manifest import (
     parse,
     too_large,
 )
+from snapshotter.registry.reference import LAYOUT_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
 
     from snapshotter.registry.image import Body
     from snapshotter.registry.platform import Platform
-
-PREFIX = "oci:"
-"""What tells a layout from a reference."""
 
 REF_NAME = "org.opencontainers.image.ref.name"
 """The annotation in `index.json` that names an image."""
@@ -65,8 +63,8 @@ class Layout:
 
         Raises InvalidReferenceError.
         """
-        path, colon, tag = text.removeprefix(PREFIX).partition(":")
-        if not text.startswith(PREFIX) or not path or (colon and not tag) or "\0" in text:
+        path, colon, tag = text.removeprefix(LAYOUT_PREFIX).partition(":")
+        if not text.startswith(LAYOUT_PREFIX) or not path or (colon and not tag) or "\0" in text:
             raise InvalidReferenceError(
                 f"malformed OCI layout {text[:300]!r}", hint="oci:PATH or oci:PATH:TAG"
             )
@@ -74,7 +72,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        return f"{PREFIX}{self._directory.root}" + (f":{self._tag}" if self._tag else "")
+        return f"{LAYOUT_PREFIX}{self._directory.root}" + (f":{self._tag}" if self._tag else "")
 
     async def fetch_root(self) -> Manifest | PlatformList:
         entries = await trio.to_thread.run_sync(self._directory.entries)

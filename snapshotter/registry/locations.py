@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from snapshotter.registry.client import Registry
-from snapshotter.registry.layout import PREFIX, Layout
+from snapshotter.registry.layout import Layout
 from snapshotter.registry.mirrors import Repository
 from snapshotter.registry.push import RegistrySink
-from snapshotter.registry.reference import Reference
+from snapshotter.registry.reference import LAYOUT_PREFIX, Reference
 
 if TYPE_CHECKING:
     from snapshotter.registry.credentials import CredentialStore
@@ -37,13 +37,13 @@ class Locations:
 
     def source(self, text: str) -> ImageSource:
         """The image to read. Raises InvalidReferenceError or UnsupportedError."""
-        if text.startswith(PREFIX):
+        if text.startswith(LAYOUT_PREFIX):
             return Layout.parse(text)
         return Registry(self._repository(text))
 
     def sink(self, text: str) -> ImageSink:
         """The image to write. Raises as `source`."""
-        if text.startswith(PREFIX):
+        if text.startswith(LAYOUT_PREFIX):
             return Layout.parse(text)
         return RegistrySink(self._repository(text))
 

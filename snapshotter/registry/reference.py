@@ -16,6 +16,9 @@ from snapshotter.registry.errors import InvalidReferenceError, ProtocolError
 DEFAULT_REGISTRY = "docker.io"
 DEFAULT_TAG = "latest"
 
+LAYOUT_PREFIX = "oci:"
+"""What tells an image in an OCI layout from a reference."""
+
 _PORTS = range(1, 65536)
 _MAX_NAME = 255  # registry and repository together; the same source as the grammar
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
-
-import trio
 
 from snapshotter.daemon import client, protocol
 from snapshotter.daemon.places import Places
@@ -26,7 +24,7 @@ STARTS = 50
 FILES = {b"%d" % number: random.Random(number).randbytes(600_000) for number in range(30)}
 
 
-async def start(base: Path, reference: str, starts: int) -> None:
+def start(base: Path, reference: str, starts: int) -> None:
     """Mount it so many times at once, each mount with a reader of all files at once."""
     places = Places(base / "root", base / "state")
 
@@ -35,16 +33,15 @@ async def start(base: Path, reference: str, starts: int) -> None:
             found = (target / name.decode()).read_bytes()
             assert hashlib.sha256(found).digest() == hashlib.sha256(content).digest()
 
-    async def one(number: int) -> None:
+    def one(number: int) -> None:
         target = base / f"tree-{number}"
         target.mkdir()
         request = protocol.MountRequest(reference=reference, target=str(target), plain_http=True)
-        await client.ask(places, request, start=None)
-        await trio.to_thread.run_sync(read, target)
+        client.ask(places, request, start=None)
+        read(target)
 
-    async with trio.open_nursery() as nursery:
-        for number in range(starts):
-            nursery.start_soon(one, number)
+    with ThreadPoolExecutor(starts) as threads:
+        list(threads.map(one, range(starts)))
 
 
 def carried_for(starts: int, path: Gateway, reference: str) -> int:
@@ -52,7 +49,7 @@ def carried_for(starts: int, path: Gateway, reference: str) -> int:
     before = path.carried
     with instance() as node:
         node.start()
-        trio.run(partial(start, node.base, reference, starts))
+        start(node.base, reference, starts)
         node.succeed("mount", reference, node.directory("local"), "--wait-local", "--plain-http")
         node.succeed("daemon", "--stop")
     return path.carried - before

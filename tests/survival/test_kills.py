@@ -6,12 +6,10 @@ import os
 import random
 import signal
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import trio
 
 from index.errors import FirstByteError
 from snapshotter.daemon import client, protocol
@@ -135,7 +133,7 @@ class _Mounting:
 
     def _ask(self, request: protocol.Request) -> None:
         try:
-            if trio.run(partial(client.ask, self._places, request, start=None)) is None:
+            if client.ask(self._places, request, start=None) is None:
                 time.sleep(0.05)
         except FirstByteError:
             time.sleep(0.05)

@@ -6,12 +6,11 @@ import os
 import random
 import signal
 from collections import Counter
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import trio
 
 from snapshotter.daemon import client, protocol
 from snapshotter.daemon.places import Places
@@ -22,8 +21,6 @@ from tests.support.leaks import becomes, footprint, shown_in
 from tests.support.tars import file, tar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from tests.support.instance import Instance
 
 pytestmark = pytest.mark.root
@@ -52,16 +49,16 @@ def test_hundreds_of_mounts_at_once_leave_nothing(here: Instance, images: list[s
     daemon = here.start()
     targets = [here.directory(f"m{number}") for number in range(MOUNTS)]
 
-    async def one(number: int) -> None:
+    def one(number: int) -> None:
         target, image = targets[number], number % IMAGES
         mode = MODES[number // IMAGES % len(MODES)]
-        await _mount(here, images[image], target, mode)
-        own = await trio.to_thread.run_sync((target / "own").read_bytes)
-        assert own == b"%d" % image
-        await _umount(here, target)
+        _mount(here, images[image], target, mode)
+        assert (target / "own").read_bytes() == b"%d" % image
+        _umount(here, target)
 
     def storm() -> None:
-        trio.run(_all_at_once, [partial(one, number) for number in range(MOUNTS)])
+        with ThreadPoolExecutor(MOUNTS) as threads:
+            list(threads.map(one, range(MOUNTS)))
         becomes(lambda: _views(here), [])
         always = {os.fsencode(here.state / "fs"), os.fsencode(here.root / "podman/layers")}
         assert {entry.point for entry in here.mounts()} == always
@@ -85,17 +82,10 @@ def test_what_was_answered_outlives_a_kill_right_after(here: Instance, images: l
     daemon = here.start()
     kept: list[tuple[Path, int]] = []
 
-    async def mount_and_kill(target: Path, image: int, mode: str) -> None:
-        await _mount(here, images[image], target, mode)
-        daemon.kill()
-
-    async def umount_and_kill(target: Path) -> None:
-        await _umount(here, target)
-        daemon.kill()
-
     for number in range(ANSWERS):
         target = here.directory(f"m{number}")
-        trio.run(mount_and_kill, target, number % IMAGES, MODES[number % len(MODES)])
+        _mount(here, images[number % IMAGES], target, MODES[number % len(MODES)])
+        daemon.kill()
         kept.append((target, number % IMAGES))
         daemon.wait()
         daemon = here.start()
@@ -104,7 +94,8 @@ def test_what_was_answered_outlives_a_kill_right_after(here: Instance, images: l
         assert _mounted(here) == [place for place, _ in kept]
         if number % 2:
             target, _ = kept.pop(0)
-            trio.run(umount_and_kill, target)
+            _umount(here, target)
+            daemon.kill()
             daemon.wait()
             daemon = here.start()
             assert _mounted(here) == [place for place, _ in kept]
@@ -140,21 +131,15 @@ def test_open_files_outlive_their_mount(here: Instance, images: list[str], mode:
     becomes(lambda: _views(here), [])
 
 
-async def _all_at_once(actions: Sequence[partial[object]]) -> None:
-    async with trio.open_nursery() as nursery:
-        for action in actions:
-            nursery.start_soon(action)
-
-
-async def _mount(here: Instance, reference: str, target: Path, mode: str) -> None:
+def _mount(here: Instance, reference: str, target: Path, mode: str) -> None:
     request = protocol.MountRequest(reference=reference, target=str(target), mode=mode)
-    reply = await client.ask(Places(here.root, here.state), request, start=None)
+    reply = client.ask(Places(here.root, here.state), request, start=None)
     assert isinstance(reply, protocol.Mounted), reply
 
 
-async def _umount(here: Instance, target: Path) -> None:
+def _umount(here: Instance, target: Path) -> None:
     request = protocol.UmountRequest(str(target))
-    reply = await client.ask(Places(here.root, here.state), request, start=None)
+    reply = client.ask(Places(here.root, here.state), request, start=None)
     assert isinstance(reply, protocol.Unmounted), reply
 
 

@@ -17,8 +17,8 @@ import msgspec
 
 from snapshotter.bench.recipes import debian
 from snapshotter.demo.layout import HostFile, Layer, MadeFile, write_image, write_layer
-from snapshotter.registry.layout import PREFIX
 from snapshotter.registry.platform import Platform
+from snapshotter.registry.reference import LAYOUT_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +73,7 @@ class Builder:
         }
         with self._locked("layout"):
             write_image(self._layout, tag, layers, config)
-        return f"{PREFIX}{self._layout}:{tag}"
+        return f"{LAYOUT_PREFIX}{self._layout}:{tag}"
 
     def _layers(self, name: str, recipe: Recipe) -> list[Layer]:
         with tempfile.TemporaryDirectory(dir=self._cache, prefix="building-") as directory:
