@@ -50,6 +50,9 @@ class Decoder(Protocol):
         After an error the decoder is of no more use.
         """
 
+    def allow(self, limit: int) -> None:
+        """Let more raw bytes come: `limit` in all, if that is more than before."""
+
 
 class RawLimit:
     """Counts raw bytes and refuses to go past `limit`."""
@@ -62,6 +65,10 @@ class RawLimit:
     def room(self) -> int:
         """Most bytes to ask of a decompressor: one more than allowed, so that too much shows."""
         return self.limit - self.total + 1
+
+    def allow(self, limit: int) -> None:
+        """Raise it."""
+        self.limit = max(self.limit, limit)
 
     def count(self, length: int) -> None:
         self.total += length

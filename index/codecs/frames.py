@@ -169,6 +169,9 @@ class FrameDecoder:
         self._stream = stream
         self._raw = RawLimit(limit)
 
+    def allow(self, limit: int) -> None:
+        self._raw.allow(limit)
+
     def feed(self, data: bytes | memoryview) -> bytes:
         output: list[bytes] = []
         for _, raw in self._stream.feed(data):

@@ -161,6 +161,9 @@ class GzipDecoder:
         self._header: Inflater | None = None  # while a member's header is being read
         self._padding = False
 
+    def allow(self, limit: int) -> None:
+        self._raw.allow(limit)
+
     def feed(self, data: bytes | memoryview) -> bytes:
         if not data:
             return b""

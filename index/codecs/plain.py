@@ -35,6 +35,9 @@ class PlainDecoder:
     def __init__(self, *, limit: int) -> None:
         self._raw = RawLimit(limit)
 
+    def allow(self, limit: int) -> None:
+        self._raw.allow(limit)
+
     def feed(self, data: bytes | memoryview) -> bytes:
         self._raw.count(len(data))
         return bytes(data)

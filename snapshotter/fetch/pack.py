@@ -76,6 +76,9 @@ class Lane:
     def covers(self, chunk: int) -> bool:
         return chunk in self.ends
 
+    def reach(self, chunk: int) -> None:
+        pass  # a pack brings what it covers
+
     def ahead(self, chunk: int) -> float:
         """Bytes until the pack has brought a chunk, less those it would take from its layer."""
         if self._delivery.stalled or chunk not in self.ends:

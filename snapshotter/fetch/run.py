@@ -1,28 +1,24 @@
 """One run: a span of a blob that is fetched, decoded and cut into chunks, front to back.
 
 A run outlives the requests it takes: when one fails, or when it is cut short to let others pass,
-the next goes on where the decoder is.
+the next goes on where the decoding is; so does the next run when this one ends.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
 
-from index.codecs import decoder
-from index.errors import CodecError, FirstByteError, IntegrityError
-from index.tables import CHUNK_SIZE, Codec
+from index.errors import FirstByteError, IntegrityError
+from index.tables import CHUNK_SIZE, Span
+from snapshotter.fetch.decoding import Decoding, expected_end
 from snapshotter.fetch.wants import MOST_URGENT_FIRST, Priority
 from snapshotter.store.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from index.codecs.base import Decoder
+    from snapshotter.fetch.decoding import SuspendedDecodings
     from snapshotter.fetch.source import Origin
     from snapshotter.fetch.wants import LayerWants, Want
 
@@ -44,11 +40,6 @@ request, too much is fetched twice."""
 SMALL_BATCH = 128 << 10
 """Compressed bytes that are decoded although they may not complete a chunk, so that little is
 left to do when the last of them comes."""
-
-SLICE_SPAN = 32 << 20
-SLICE = 4 << 10
-"""Spans of more raw bytes than SLICE_SPAN are decoded from slices of SLICE compressed bytes: a
-decoder hands out all that its input holds, and zstd can put 128 KiB of zeros into 4 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +70,17 @@ class Run:
     `position` is the next byte of the blob to be received, `next_chunk` the next chunk to arrive.
     """
 
-    def __init__(self, origin: Origin, layer: LayerWants, first: int, last: int) -> None:
-        """Raises FormatError if the table has no such chunks."""
+    def __init__(
+        self,
+        origin: Origin,
+        layer: LayerWants,
+        first: int,
+        last: int,
+        suspended: SuspendedDecodings,
+    ) -> None:
+        """It goes on with a decoding of `suspended`, if that is nearer to chunk `first` than any
+        seek point. Raises FormatError if the table has no such chunks.
+        """
         self.origin = origin
         self.layer = layer
         self.wants: dict[int, Want] = {}
@@ -89,23 +89,30 @@ class Run:
         self.decode_failures = 0
         self.nudged = False
         self.progressed_at = trio.current_time()
-        self._high_water = 0
-        self.restart(first, last)
+        self.decoding = suspended.start(origin.table, first)
+        self._suspended = suspended
+        self._high_water = self.decoding.position
+        self._begin(last)
 
     def restart(self, first: int, last: int) -> None:
-        """Begin (anew) at the seek point before chunk `first`."""
-        table = self.origin.table
-        self.span = span = table.span(first, last)
-        complete = span.raw_end == table.raw_size
-        self.last_chunk = table.chunk_count - 1 if complete else span.raw_end // CHUNK_SIZE - 1
-        self.position = span.start
-        self.next_chunk = -(-span.raw_start // CHUNK_SIZE)
-        self.buffered = 0
-        self._pieces: list[bytes] = []
-        self._decoder: Decoder | None = None
-        self._raw_position = span.raw_start
-        self._cut_chunk = self.next_chunk
-        self._partial = bytearray()
+        """Begin anew at the seek point before chunk `first`."""
+        self.decoding = Decoding(self.origin.table, first)
+        self._begin(last)
+
+    def _begin(self, last: int) -> None:
+        self.next_chunk = self.decoding.next_chunk
+        self.last_chunk = -1
+        self.reach(last)
+
+    def reach(self, last: int) -> None:
+        """Go on until chunk `last` at least, and to the seek point after it."""
+        if last <= self.last_chunk:
+            return
+        table, decoding = self.origin.table, self.decoding
+        end = table.span(last, last)
+        self.span = Span(decoding.point, decoding.start, end.end, decoding.raw_start, end.raw_end)
+        complete = end.raw_end == table.raw_size
+        self.last_chunk = table.chunk_count - 1 if complete else end.raw_end // CHUNK_SIZE - 1
 
     # --- what it will bring, and how urgent that is ---
 
@@ -117,21 +124,35 @@ class Run:
                 return priority
         return Priority.FILL
 
+    @property
+    def position(self) -> int:
+        return self.decoding.position
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that were received but not decoded."""
+        return self.decoding.buffered
+
     def covers(self, chunk: int) -> bool:
-        """Whether it will pass all of a chunk."""
-        return self.next_chunk <= chunk <= self.last_chunk
+        """Whether it will pass all of a chunk, or can go on to it sooner than a run of its own
+        would come to it."""
+        if chunk < self.next_chunk:
+            return False
+        return chunk <= self.last_chunk or (not self.decoding.broken and self.ahead(chunk) <= 0)
 
     def ahead(self, chunk: int) -> int:
         """Compressed bytes between what has been received and the best point to start for a chunk.
 
         Zero or less: no run of its own could bring it sooner.
         """
-        return self.origin.table.span(chunk, chunk).start - self.position
+        start, _ = self._suspended.nearest(self.origin.table, chunk)
+        return start - self.position
 
     def leave(self, chunk: int) -> list[Want]:
-        """This chunk and all after it, which somebody else will bring sooner."""
-        self.stop_before(chunk)
-        return [want for number, want in self.wants.items() if number >= chunk]
+        """This chunk, all that whoever brings it sooner will pass on the way, and all after it."""
+        _, first = self._suspended.nearest(self.origin.table, chunk)
+        self.stop_before(first)
+        return [want for number, want in self.wants.items() if number >= first]
 
     def stop_before(self, chunk: int) -> None:
         """Leave this chunk and all after it to others."""
@@ -162,7 +183,7 @@ class Run:
             last = max(urgent or self.wants)
             end = min(end, self.origin.table.span(last, last).end)
             # What follows the last chunk in its span is fill, or belongs to other runs.
-            guess = self._expected_end(last) + GUESS_MARGIN
+            guess = expected_end(self.origin.table, last) + GUESS_MARGIN
             if guess > self.position and (priority is Priority.FILL or end - guess > holds // 2):
                 end = min(end, guess)
         if end <= self.position:
@@ -172,29 +193,19 @@ class Run:
         blocked = [chunk for chunk, want in self.wants.items() if want.priority is Priority.BLOCKED]
         longest = max(READER_REQUEST, 2 * holds)
         if blocked:
-            needed = self._expected_end(min(blocked)) + GUESS_MARGIN - self.position
+            needed = expected_end(self.origin.table, min(blocked)) + GUESS_MARGIN - self.position
             longest = max(longest, min(needed, LARGEST_REQUEST))
         return min(end, self.position + longest)
-
-    def _expected_end(self, chunk: int) -> int:
-        """About how much of the blob it takes to decode all of a chunk."""
-        table = self.origin.table
-        span = table.span(chunk, chunk)
-        raw_end = chunk * CHUNK_SIZE + table.chunk_length(chunk)
-        share = (raw_end - span.raw_start) / (span.raw_end - span.raw_start)
-        return span.start + math.ceil(share * (span.end - span.start))
 
     def worth_decoding(self) -> bool:
         """Whether what was received has probably completed a chunk: a reader is waiting."""
         return self.buffered >= SMALL_BATCH or (
             self.next_chunk > self.last_chunk
-            or self.position >= self._expected_end(self.next_chunk)
+            or self.position >= expected_end(self.origin.table, self.next_chunk)
         )
 
     def receive(self, piece: bytes) -> None:
-        self._pieces.append(piece)
-        self.buffered += len(piece)
-        self.position += len(piece)
+        self.decoding.receive(piece)
         if self.position > self._high_water:
             self._high_water = self.position
             self.progressed_at = trio.current_time()
@@ -206,74 +217,17 @@ class Run:
 
         `remember` keeps them in the store's memory, too. What fails is in the result.
         """
-        data = b"".join(self._pieces) if len(self._pieces) != 1 else self._pieces[0]
-        self._pieces.clear()
-        self.buffered = 0
         arrivals: list[Arrival] = []
         try:
-            if self._decoder is None:
-                self._decoder = self._make_decoder()
-            for piece in self._slices(data):
-                arrivals += self._cut(self._decoder.feed(piece), remember)
-            if self.position >= self.span.end and self._raw_position < self.span.raw_end:
-                raise CodecError(
-                    f"bytes {self.span.start} to {self.span.end} of {self.origin.table} decode to "
-                    f"{self._raw_position - self.span.raw_start} bytes instead of "
-                    f"{self.span.raw_end - self.span.raw_start}"
-                )
+            for chunk, data in self.decoding.chunks(self.origin, self.span):
+                arrivals.append(self._keep(chunk, data, remember))
         except FirstByteError as error:
             return Batch(arrivals, error)
         return Batch(arrivals)
 
     def reached(self, chunk: int) -> bool:
         """Whether decoding has come as far as the best point to start for a chunk."""
-        return self.origin.table.span(chunk, chunk).raw_start <= self._raw_position
-
-    def _make_decoder(self) -> Decoder:
-        table, span = self.origin.table, self.span
-        plain = table.codec is Codec.PLAIN
-        return decoder(
-            table.codec,
-            bit_offset=8 * span.start if plain else table.bit_offsets[span.point],
-            window=self.origin.source.window(span.point),
-            limit=span.raw_end - span.raw_start,
-        )
-
-    def _slices(self, data: bytes) -> Iterator[memoryview]:
-        """Received bytes, cut at seek points, so that a broken frame does not take those before
-        it along, and into small slices where little may become much."""
-        bits = self.origin.table.bit_offsets
-        large = self.span.raw_end - self.span.raw_start > SLICE_SPAN
-        begin = self.position - len(data)
-        view, start = memoryview(data), 0
-        point = bisect_right(bits, 8 * begin)
-        while start < len(data):
-            stop = start + SLICE if large else len(data)
-            while point < len(bits) and -(-bits[point] // 8) - begin <= start:
-                point += 1
-            if point < len(bits):
-                stop = min(stop, -(-bits[point] // 8) - begin)
-            yield view[start:stop]
-            start = stop
-
-    def _cut(self, raw: bytes, remember: bool) -> list[Arrival]:
-        table = self.origin.table
-        arrivals = []
-        used = min(len(raw), max(0, self._cut_chunk * CHUNK_SIZE - self._raw_position))
-        self._raw_position += len(raw)
-        while self._cut_chunk < table.chunk_count:
-            needed = table.chunk_length(self._cut_chunk) - len(self._partial)
-            if len(raw) - used < needed:
-                self._partial += memoryview(raw)[used:]
-                break
-            data = raw[used : used + needed]
-            if self._partial:
-                data = bytes(self._partial + data)
-                self._partial.clear()
-            used += needed
-            arrivals.append(self._keep(self._cut_chunk, data, remember))
-            self._cut_chunk += 1
-        return arrivals
+        return self.origin.table.span(chunk, chunk).raw_start <= self.decoding.raw_position
 
     def _keep(self, chunk: int, data: bytes, remember: bool) -> Arrival:
         stored = self.origin.stored
@@ -284,6 +238,7 @@ class Run:
         try:
             stored.write(chunk, data, remember=remember)
         except IntegrityError as error:
+            self.decoding.broken = True
             return Arrival(chunk, damage=error)
         except StoreError as error:
             return Arrival(chunk, kept, unsaved=error)
@@ -291,4 +246,4 @@ class Run:
 
     def passed(self) -> None:
         """Back in the trio thread: chunks that were cut count as passed."""
-        self.next_chunk = self._cut_chunk
+        self.next_chunk = self.decoding.next_chunk

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from index.errors import FirstByteError
+from snapshotter.fetch.decoding import SuspendedDecodings
 from snapshotter.fetch.errors import FetchError
 from snapshotter.fetch.plan import plan_run
 from snapshotter.fetch.stats import FetchStats
@@ -78,6 +79,7 @@ class Scheduler:
         self._nursery = nursery
         self._patience = patience
         self._runs: set[Run] = set()
+        self._suspended = SuspendedDecodings()
         self._workers = 0
         self._readers = trio.Semaphore(MAX_READERS)
         self._transfer = Transfer(
@@ -192,6 +194,7 @@ class Scheduler:
         for run in self._runs:
             if run.origin is origin:
                 run.scope.cancel()
+        self._suspended.discard(origin.table)
         self._transfer.notice()
 
     # --- waiting ---
@@ -259,6 +262,7 @@ class Scheduler:
             if run.scope.cancel_called or not run.covers(want.chunk):
                 continue
             if not blocked or run.ahead(want.chunk) <= self._transfer.near(run):
+                run.reach(want.chunk)
                 self.wants.take(want, run)
                 if blocked:
                     self._transfer.nudge(run)
@@ -294,8 +298,11 @@ class Scheduler:
             queue = self.wants.queues[priority]
             while queue and len(self._runs) < self._limit(priority):
                 want = next(iter(queue))
+                self._place(want)  # what is in flight may have come near it meanwhile
+                if want.run is not None:
+                    continue
                 try:
-                    run = plan_run(self.wants, want)
+                    run = plan_run(self.wants, want, self._suspended)
                 except FirstByteError as error:
                     self.wants.fail(want, error)
                     continue
@@ -312,6 +319,10 @@ class Scheduler:
             with run.scope:
                 await self._transfer.carry_out(run)
         finally:
+            if stored.complete:
+                self._suspended.discard(run.origin.table)
+            else:
+                self._suspended.keep(run.origin.table, run.decoding)
             stored.close()
             run.layer.runs.remove(run)
             self._runs.remove(run)

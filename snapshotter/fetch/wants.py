@@ -60,7 +60,10 @@ class Carrier(Protocol):
     def expensive_to_leave(self) -> bool: ...
 
     def covers(self, chunk: int) -> bool:
-        """Whether it will bring a chunk."""
+        """Whether it will bring a chunk, or can `reach` for it."""
+
+    def reach(self, chunk: int) -> None:
+        """See to it that it brings a chunk that it covers."""
 
     def ahead(self, chunk: int) -> float:
         """Bytes that come before a run made for this chunk alone would have to begin."""

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from index.tables import CHUNK_SIZE, Codec, LayerTable
+from snapshotter.fetch.decoding import SuspendedDecodings
 from snapshotter.fetch.plan import MAX_CHUNKS, MAX_WASTE, plan_run
 from snapshotter.fetch.source import Origin
 from snapshotter.fetch.wants import Priority, Waiter, WantTable
@@ -58,7 +59,7 @@ def planned(layer: LayerTable, chunks: set[int]) -> list[Run]:
     runs = []
     queue = wants.queues[Priority.FILL]
     while queue:
-        runs.append(plan_run(wants, next(iter(queue))))
+        runs.append(plan_run(wants, next(iter(queue)), SuspendedDecodings()))
     return runs
 
 

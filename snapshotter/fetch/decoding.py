@@ -1,0 +1,193 @@
+"""A blob on its way through a decoder, from a seek point on: received, decoded, cut into chunks.
+
+A decoding outlives its run: whoever wants what comes next goes on where it is, instead of at the
+seek point before. Layers that nobody made for lazy pulling have few of these (gzip: one for 2 MiB
+or more of raw space), and a start reads a little here and a little there.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from typing import TYPE_CHECKING
+
+from index.codecs import decoder
+from index.errors import CodecError, FirstByteError
+from index.tables import CHUNK_SIZE, Codec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from index.codecs.base import Decoder
+    from index.tables import LayerTable, Span
+    from snapshotter.fetch.source import Origin
+
+SLICE_SPAN = 32 << 20
+SLICE = 4 << 10
+"""Spans of more raw bytes than SLICE_SPAN are decoded from slices of SLICE compressed bytes: a
+decoder hands out all that its input holds, and zstd can put 128 KiB of zeros into 4 bytes."""
+
+MOST_SUSPENDED = 8
+"""Decodings that are kept. Each may hold a chunk, as much that was received but not decoded, and
+its decoder's window: 0.6 MB for gzip, for zstd up to 8 MiB more."""
+
+WORTH_KEEPING = 32 << 10
+"""Compressed bytes that a decoding must save whoever goes on with it."""
+
+
+def expected_end(table: LayerTable, chunk: int) -> int:
+    """About how much of the blob it takes to decode all of a chunk. Raises FormatError if the
+    table has no such chunk."""
+    span = table.span(chunk, chunk)
+    raw_end = chunk * CHUNK_SIZE + table.chunk_length(chunk)
+    share = (raw_end - span.raw_start) / (span.raw_end - span.raw_start)
+    return span.start + math.ceil(share * (span.end - span.start))
+
+
+class Decoding:
+    """Begins at the seek point before chunk `first`.
+
+    `position` is the next byte of the blob to be received, `next_chunk` the next chunk to be cut;
+    `buffered` bytes were received but not decoded. It is `broken` after an error, and when what
+    came was not what it should have been.
+    """
+
+    def __init__(self, table: LayerTable, first: int) -> None:
+        """Raises FormatError if the table has no such chunk."""
+        span = table.span(first, first)
+        self.point, self.start, self.raw_start = span.point, span.start, span.raw_start
+        self.position = span.start
+        self.raw_position = span.raw_start
+        self.next_chunk = -(-span.raw_start // CHUNK_SIZE)
+        self.buffered = 0
+        self.broken = False
+        self._pieces: list[bytes] = []
+        self._decoder: Decoder | None = None
+        self._partial = bytearray()
+
+    def receive(self, piece: bytes) -> None:
+        """Take what follows."""
+        self._pieces.append(piece)
+        self.buffered += len(piece)
+        self.position += len(piece)
+
+    def chunks(self, origin: Origin, span: Span) -> Iterator[tuple[int, bytes]]:
+        """Decode what was received, as part of `span`, and yield the chunks that are complete.
+
+        Raises CodecError; the decoding is of no more use then.
+        """
+        data = b"".join(self._pieces) if len(self._pieces) != 1 else self._pieces[0]
+        self._pieces.clear()
+        self.buffered = 0
+        try:
+            yield from self._decode(origin, span, data)
+        except FirstByteError:
+            self.broken = True
+            raise
+
+    def _decode(self, origin: Origin, span: Span, data: bytes) -> Iterator[tuple[int, bytes]]:
+        if self._decoder is None:
+            self._decoder = self._make_decoder(origin)
+        self._decoder.allow(span.raw_end - self.raw_start)
+        for piece in self._slices(origin.table, span, data):
+            yield from self._cut(origin.table, self._decoder.feed(piece))
+        if self.position >= span.end and self.raw_position < span.raw_end:
+            raise CodecError(
+                f"bytes {self.start} to {span.end} of {origin.table} decode to "
+                f"{self.raw_position - self.raw_start} bytes instead of "
+                f"{span.raw_end - self.raw_start}"
+            )
+
+    def _make_decoder(self, origin: Origin) -> Decoder:
+        table = origin.table
+        plain = table.codec is Codec.PLAIN
+        return decoder(
+            table.codec,
+            bit_offset=8 * self.start if plain else table.bit_offsets[self.point],
+            window=origin.source.window(self.point),
+            limit=0,
+        )
+
+    def _slices(self, table: LayerTable, span: Span, data: bytes) -> Iterator[memoryview]:
+        """Received bytes, cut at seek points, so that a broken frame does not take those before
+        it along, and into small slices where little may become much."""
+        bits = table.bit_offsets
+        large = span.raw_end - span.raw_start > SLICE_SPAN
+        begin = self.position - len(data)
+        view, start = memoryview(data), 0
+        point = bisect_right(bits, 8 * begin)
+        while start < len(data):
+            stop = start + SLICE if large else len(data)
+            while point < len(bits) and -(-bits[point] // 8) - begin <= start:
+                point += 1
+            if point < len(bits):
+                stop = min(stop, -(-bits[point] // 8) - begin)
+            yield view[start:stop]
+            start = stop
+
+    def _cut(self, table: LayerTable, raw: bytes) -> Iterator[tuple[int, bytes]]:
+        used = min(len(raw), max(0, self.next_chunk * CHUNK_SIZE - self.raw_position))
+        self.raw_position += len(raw)
+        while self.next_chunk < table.chunk_count:
+            needed = table.chunk_length(self.next_chunk) - len(self._partial)
+            if len(raw) - used < needed:
+                self._partial += memoryview(raw)[used:]
+                break
+            data = raw[used : used + needed]
+            if self._partial:
+                data = bytes(self._partial + data)
+                self._partial.clear()
+            used += needed
+            self.next_chunk += 1
+            yield self.next_chunk - 1, data
+
+
+class SuspendedDecodings:
+    """Decodings whose runs have ended, by the digest of their blob. The latest are kept."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[bytes, Decoding]] = []
+
+    def keep(self, table: LayerTable, decoding: Decoding) -> None:
+        """Keep a decoding, if going on with it will save anybody much."""
+        following = decoding.next_chunk
+        if decoding.broken or following >= table.chunk_count:
+            return
+        if decoding.position - table.span(following, following).start >= WORTH_KEEPING:
+            self._kept.append((table.digest, decoding))
+            del self._kept[:-MOST_SUSPENDED]
+
+    def nearest(self, table: LayerTable, chunk: int) -> tuple[int, int]:
+        """Where to start for a chunk: the byte of the blob, and the first chunk that comes then.
+
+        Raises FormatError if the table has no such chunk.
+        """
+        found = self._best(table, chunk)
+        if found is not None:
+            return found.position, found.next_chunk
+        span = table.span(chunk, chunk)
+        return span.start, -(-span.raw_start // CHUNK_SIZE)
+
+    def start(self, table: LayerTable, chunk: int) -> Decoding:
+        """Start there. Raises FormatError if the table has no such chunk."""
+        found = self._best(table, chunk)
+        if found is None:
+            return Decoding(table, chunk)
+        self._kept.remove((table.digest, found))
+        return found
+
+    def _best(self, table: LayerTable, chunk: int) -> Decoding | None:
+        """The decoding that brings a chunk soonest, unless a seek point does."""
+        usable = [
+            decoding
+            for digest, decoding in self._kept
+            if digest == table.digest and decoding.next_chunk <= chunk
+        ]
+        best = max(usable, key=lambda decoding: decoding.position, default=None)
+        if best is None or best.position <= table.span(chunk, chunk).start:
+            return None
+        return best
+
+    def discard(self, table: LayerTable) -> None:
+        """Nobody will go on with this blob."""
+        self._kept = [entry for entry in self._kept if entry[0] != table.digest]
