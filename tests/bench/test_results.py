@@ -8,16 +8,12 @@ import pytest
 
 from snapshotter.bench import (
     building,
-    fio,
-    first_read,
     handover,
     mounting,
     opening,
-    reading,
     workloads,
 )
 from snapshotter.bench.errors import BenchError
-from tests.bench.conftest import SMALL_FILES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,30 +82,6 @@ def test_opening_is_measured_for_each_number_of_files(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.root
-def test_all_modes_do_the_same_work(
-    image: StoredImage, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fio, "_SECONDS", 0.05)
-    *results, by_fio = reading.compare(image, workspace, SAMPLES)
-    assert by_fio.title.startswith("fio ")
-    assert {row[2] for row in by_fio.rows} == {"overlayfs", "fuse", "erofs", "native"}
-    assert [table.title.rpartition(" ")[2] for table in results] == ["fuse", "erofs", "native"]
-    first, *_ = results
-    for table in results:
-        assert [row[:5] for row in table.rows] == [row[:5] for row in first.rows]
-        assert {row[:3] for row in table.rows} == {
-            (work, jobs, cache)
-            for work, jobs, _ in {row[:3] for row in table.rows}
-            for cache in ("dropped", "warm")
-        }
-        assert min(numbers(table)) > 0
-        for low, middle, high in zip(
-            *(column(table, name) for name in ("lowest", "ratio", "highest")), strict=True
-        ):
-            assert low <= middle <= high
-
-
 def test_work_is_shared_out_among_jobs(tree: Path) -> None:
     made = workloads.workloads(workloads.list_files(tree))
     assert {workload.jobs for workload in made} == {1, 4}
@@ -147,14 +119,3 @@ def test_a_reader_waits_while_one_daemon_follows_another(workspace: Workspace) -
         *(column(memory, name) for name in memory.columns[1:]), strict=True
     ):
         assert 0 < private < resident
-
-
-@pytest.mark.root
-def test_first_reads_come_from_everywhere(image: StoredImage, workspace: Workspace) -> None:
-    table = first_read.first_read(image, workspace, 1)
-    assert f"{SMALL_FILES + 1} files" in table.note
-    assert len(table.rows) == 4
-    assert table.rows[0][-1] == 1  # it is what the others are compared with
-    for row in table.rows:
-        tree, first_page, everything = (float(cell) for cell in row[1:4])
-        assert 0 < tree < first_page < everything
