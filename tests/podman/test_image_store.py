@@ -5,27 +5,33 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tarfile
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.instance import Instance, wait_until
+from snapshotter.podman.graph_root import GraphRoot
+from tests.support.instance import Instance, greeter, wait_until
 from tests.support.tars import file, tar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.support.podman import Podman
+    from tests.support.registry import RunningRegistry
 
 pytestmark = pytest.mark.root
 
 
 @pytest.fixture(autouse=True)
 def nothing_stays(here: Instance, any_podman: Podman) -> Iterator[None]:
+    """And a daemon runs as a service does, which none has to wait for."""
+    if not greeter(here.state):
+        here.start()
     yield
     any_podman.reset()
-    for image in listed(here):
-        here.succeed("podman", "rm", image["id"])
+    for image in GraphRoot(here.root / "podman/images").images():
+        here.succeed("podman", "rm", image.id)
 
 
 def listed(here: Instance) -> list[dict[str, object]]:
@@ -121,6 +127,51 @@ def test_the_ordinary_image_can_be_pulled_beside_it(
     assert any_podman.succeed("run", "--rm", app) == "third"
     any_podman.succeed("rmi", app)
     assert any_podman.succeed("run", "--rm", "--pull=never", app) == "third"
+
+
+def test_what_can_be_pushed_and_saved(
+    here: Instance, any_podman: Podman, app: str, registry: RunningRegistry
+) -> None:
+    """Neither the image nor what is built on it, as nobody knows the digest of its layer's tar; but
+    what podman makes a tar of by itself first, and the image when it was pulled beside it."""
+    here.succeed("podman", "add", app)
+    copy = registry.reference(f"elsewhere/{any_podman.version}")
+    saved = ("save", "-q", "-o", any_podman.base / "saved.tar")
+    assert "Digest did not match" in any_podman.fail("push", "-q", app, copy)
+    assert "Digest did not match" in any_podman.fail(*saved, app)
+    (any_podman.base / "saved.tar").unlink(missing_ok=True)
+    any_podman.succeed("create", "--name", "one", app)
+    any_podman.succeed("commit", "-q", "one", "localhost/committed:1")
+    assert "Digest did not match" in any_podman.fail("push", "-q", "localhost/committed:1", copy)
+    any_podman.succeed("export", "-o", any_podman.base / "exported.tar", "one")
+    with tarfile.open(any_podman.base / "exported.tar") as exported:
+        assert exported.getmember("srv/big").size == 3_000_000
+    folder = any_podman.base / "squashed"
+    folder.mkdir()
+    (folder / "Dockerfile").write_text(f"FROM {app}\nRUN ls /srv > /etc/name\n")
+    any_podman.succeed("build", "-q", "--squash-all", "-t", "localhost/squashed:1", folder)
+    any_podman.succeed("push", "-q", "localhost/squashed:1", copy)
+    any_podman.succeed(*saved, "localhost/squashed:1")
+    any_podman.reset()
+    assert any_podman.succeed("run", "--rm", copy) == "big"
+    any_podman.succeed("pull", "-q", app)
+    any_podman.succeed("push", "-q", app, copy)
+
+
+def test_images_that_share_layers_are_served_by_themselves(
+    here: Instance, any_podman: Podman, app: str, make_image: Callable[..., str]
+) -> None:
+    """podman knows nothing of what they share; one that goes takes nothing from the other."""
+    other = make_image("other", tar(file(b"etc/name", b"of the other\n")))
+    here.succeed("podman", "add", app)
+    here.succeed("podman", "add", other)
+    any_podman.succeed("run", "-d", "--name", "one", app, "/bin/sleep", "infinity")
+    here.succeed("podman", "rm", other)
+    assert any_podman.succeed("exec", "one", "/bin/ls", "/srv") == "big"
+    here.succeed("podman", "add", other)
+    any_podman.succeed("rm", "-f", "-t", "0", "one")
+    here.succeed("podman", "rm", app)
+    assert any_podman.succeed("run", "--rm", other) == "of the other"
 
 
 def test_a_tag_that_has_moved_is_followed(
