@@ -55,7 +55,7 @@ class Somebody:
         self.home = base / "home"
         self.root = self.home / ".local/share/firstbyte"
         self.started: list[subprocess.Popen[bytes]] = []
-        self._environment = {
+        self.environment = {
             "HOME": str(self.home),
             "USER": "somebody",
             "PATH": "/usr/bin:/bin:/usr/sbin:/sbin",
@@ -63,11 +63,9 @@ class Somebody:
             "PYTHONDONTWRITEBYTECODE": "1",
             "XDG_RUNTIME_DIR": str(base / "run"),
         }
-        self._prefix = (
-            *("nsenter", f"--mount=/proc/{pid}/ns/mnt", "--"),
-            *("setpriv", f"--reuid={_ID}", f"--regid={_ID}", "--clear-groups", "--"),
-        )
-        self.podman = _UsersPodman("4.3", self.home, self._prefix, self._environment)
+        self.enter = ("nsenter", f"--mount=/proc/{pid}/ns/mnt", "--")
+        self._prefix = (*self.enter, *become_somebody())
+        self.podman = _UsersPodman("4.3", self.home, self._prefix, self.environment)
         containers = self.home / ".config/containers"
         containers.mkdir(parents=True)
         (self.home / "tmp").mkdir()
@@ -79,18 +77,21 @@ class Somebody:
             additionalimagestores=[self.root / "podman/images"],
             additionallayerstores=[f"{self.root}/podman/layers:ref"],
         )
-        for path in [self.home, *self.home.rglob("*")]:
-            os.chown(path, _ID, _ID, follow_symlinks=False)
+        give_to_somebody(self.home, *self.home.rglob("*"))
+
+    @property
+    def program(self) -> list[str]:
+        """`firstbyte`, where the user finds it."""
+        python = self.base / "own/python/bin/python"
+        return [str(python), "-m", "snapshotter.cli.main"]
 
     def command(self, *arguments: str | Path) -> list[str]:
-        python = self.base / "own/python/bin/python"
-        words = [str(argument) for argument in arguments]
-        return [*self._prefix, str(python), "-m", "snapshotter.cli.main", *words]
+        return [*self._prefix, *self.program, *map(str, arguments)]
 
     def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*arguments),
-            env=self._environment,
+            env=self.environment,
             cwd="/",
             capture_output=True,
             text=True,
@@ -117,7 +118,7 @@ class Somebody:
         place = len(self._prefix)
         return subprocess.run(
             [*command[:place], "podman", "unshare", *command[place:]],
-            env=self._environment,
+            env=self.environment,
             cwd="/",
             capture_output=True,
             text=True,
@@ -135,7 +136,7 @@ class Somebody:
         with (self.base / "daemon.log").open("ab") as log:
             process = subprocess.Popen(
                 self.command("daemon", *options),
-                env=self._environment,
+                env=self.environment,
                 cwd="/",
                 stdout=subprocess.DEVNULL,
                 stderr=log,
@@ -156,6 +157,16 @@ class Somebody:
             process.send_signal(signal.SIGINT)
             process.wait(timeout=30)
         self.podman.run("system", "migrate")  # ends the process that keeps the namespaces
+
+
+def become_somebody() -> tuple[str, ...]:
+    """What goes before a command to run it as the user."""
+    return ("setpriv", f"--reuid={_ID}", f"--regid={_ID}", "--clear-groups", "--")
+
+
+def give_to_somebody(*paths: Path) -> None:
+    for path in paths:
+        os.chown(path, _ID, _ID, follow_symlinks=False)
 
 
 class _UsersPodman(Podman):

@@ -74,7 +74,7 @@ class Systemd:
 @contextmanager
 def systemd(units: Mapping[str, str], binds: Mapping[Path, str]) -> Iterator[Systemd]:
     """Start one with these units, by file name, and `binds` shown at other places."""
-    group = _unified() / f"firstbyte-test-{os.getpid()}"
+    group = unified_group() / f"firstbyte-test-{os.getpid()}"
     group.mkdir()
     base = Path(tempfile.mkdtemp(prefix="fb-systemd-"))
     try:
@@ -95,7 +95,7 @@ def systemd(units: Mapping[str, str], binds: Mapping[Path, str]) -> Iterator[Sys
             finally:
                 outer.send_signal(signal.SIGKILL)  # and so all in there
     finally:
-        wait_until(lambda: _removed(group))
+        wait_until(lambda: remove_group(group))
         shutil.rmtree(base)
 
 
@@ -108,12 +108,12 @@ def _booted(outer: subprocess.Popen[bytes], base: Path) -> Systemd:
     return started
 
 
-def _unified() -> Path:
+def unified_group() -> Path:
     found = [entry.point for entry in read_mounts() if entry.kind == b"cgroup2"]
     return Path(os.fsdecode(found[0]))
 
 
-def _removed(group: Path) -> bool:
+def remove_group(group: Path) -> bool:
     """Remove a control group and those in it, when their processes have ended."""
     try:
         for folder, _, _ in os.walk(group, topdown=False):
