@@ -17,8 +17,6 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import trio
-
 from index.erofs import writer
 from index.errors import FirstByteError, IntegrityError
 from index.file import FileIndex
@@ -41,7 +39,9 @@ async def prove_tree(index_path: Path, raw_paths: Sequence[Path], name: str) -> 
     `name` is the image's, for errors. Raises IntegrityError if they differ, FirstByteError if the
     comparison could not be made.
     """
-    # Nice from its start, because its imports take half a second of a core that containers want.
+    import trio  # not for the process that is started: it would be two thirds of its imports
+
+    # Nice from its start, because its imports take time of a core that containers want.
     command = ["nice", "-n", "19", sys.executable, "-m", __name__, str(index_path)]
     command += map(str, raw_paths)
     readable, ours = os.pipe()
