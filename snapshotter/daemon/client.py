@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from snapshotter.daemon.places import Places
     from snapshotter.daemon.protocol import FromDaemon, Reply, Request
 
-_GREETING_SECONDS = 10.0  # a daemon that lives says hello at once
+_GREETING_SECONDS = 30.0  # it took 10 where 200 mounts at once met a machine with a load of 20
 _START_SECONDS = 60.0  # a predecessor may be ending, and a slow disk has libraries to read
 _END_SECONDS = 20.0  # a daemon that ends by itself has only its own mount left to take down
 _POLL_SECONDS = 0.02

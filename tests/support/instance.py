@@ -78,10 +78,12 @@ class Instance:
         return done.stdout
 
     def fail(self, *arguments: str | Path) -> str:
-        """The one line that says why a command failed."""
+        """The one line that says why a command failed, behind those on its progress if it took more
+        than a second."""
         done = self.run(*arguments)
         assert done.returncode != 0
-        (line,) = done.stderr.strip().splitlines()
+        *progress, line = done.stderr.strip().splitlines()
+        assert [other for other in progress if " MB/s" not in other] == []
         assert line.startswith("firstbyte: ")
         return line
 
