@@ -146,7 +146,7 @@ def test_a_disk_that_others_fill_is_read_through_and_goes_on_when_there_is_room(
     filler.unlink()
     wait_until(lambda: state(node, "middle") == "local")
     assert random_reads_are_right(target, MIDDLE, 2)
-    assert "problem" not in node.status()["store"] or not node.status()["store"]["problem"]
+    wait_until(lambda: not node.status()["store"]["problem"])  # it is told for a while longer
 
 
 def test_a_disk_that_is_full_to_the_last_byte_is_no_error(node: Instance, layouts: Path) -> None:
