@@ -180,20 +180,6 @@ def test_an_upgrade_leaves_the_running_program_and_what_was_edited(
     assert found(copy) == {"etc/firstbyte/config.toml", "usr/local/lib/firstbyte/of somebody else"}
 
 
-def test_a_configuration_that_was_not_edited_is_replaced(dest: Path, tmp_path: Path) -> None:
-    """By hand, as an earlier version would have left it."""
-    copy = tmp_path / "copy"
-    shutil.copytree(dest, copy, symlinks=True)
-    shipped = copy / "usr/local/share/doc/firstbyte/config.toml"
-    config = copy / "etc/firstbyte/config.toml"
-    for path in (shipped, config):
-        path.write_text("# of an earlier version\n")
-    succeed("install", copy)
-    assert config.read_bytes() == shipped.read_bytes() == (UNITS / "config.toml").read_bytes()
-    succeed("uninstall", copy)
-    assert list(copy.iterdir()) == []
-
-
 def test_what_was_not_installed_is_not_removed(tmp_path: Path) -> None:
     done = script("uninstall", tmp_path)
     assert done.returncode == 1
@@ -348,15 +334,21 @@ def test_a_daemon_that_is_killed_is_started_again(dest: Path, tmp_path: Path) ->
 @pytest.mark.root
 def test_an_upgrade_takes_effect_with_a_restart(dest: Path, tmp_path: Path) -> None:
     """Until then the daemon has its own program, of which it may not have loaded all. What is
-    mounted, and read, goes on over the restart, and when the daemon is killed."""
+    mounted, and read, goes on over the restart, and when the daemon is killed. A configuration
+    that nobody has edited is replaced."""
     copy = tmp_path / "copy"
     shutil.copytree(dest, copy, symlinks=True)
+    shipped = copy / "usr/local/share/doc/firstbyte/config.toml"
+    config = copy / "etc/firstbyte/config.toml"
+    for path in (shipped, config):
+        path.write_text("# of an earlier version\n")
     write_layout(tmp_path / "image", [tars.tar(tars.file(b"name", b"content\n"))])
     target = tmp_path / "target"
     target.mkdir()
     with node(copy, tmp_path) as here:
         assert here.program() == "venv-1"
         succeed("install", copy)
+        assert config.read_bytes() == shipped.read_bytes() == (UNITS / "config.toml").read_bytes()
         assert here.program() == "venv-1"
         here.run("firstbyte", "mount", "--mode", "fuse", f"oci:{tmp_path}/image", target)
         assert here.run("cat", target / "name").stdout == "content\n"
@@ -373,6 +365,8 @@ def test_an_upgrade_takes_effect_with_a_restart(dest: Path, tmp_path: Path) -> N
         assert here.log().count("going on with the file system") == 2
         wait_until(lambda: here.manager.show("firstbyte", "ActiveState") == "active")
         here.run("firstbyte", "umount", target)
+    succeed("uninstall", copy)
+    assert list(copy.iterdir()) == []
 
 
 @pytest.mark.root
