@@ -48,12 +48,18 @@ def podman() -> None:
 
 @podman.command()
 @click.argument("reference")
+@click.option(
+    "--layers",
+    is_flag=True,
+    help="Keep its layers: podman can push and save it then, and what is built on it.",
+)
 @index_option
 @places_options
 @platform_option
 @json_option
 def add(
     reference: str,
+    layers: bool,
     index_file: Path | None,
     root: Path | None,
     state: Path | None,
@@ -71,6 +77,7 @@ def add(
         platform=platform or "",
         index=absolute(index_file) if index_file else "",
         graph_roots=_graph_roots(),
+        layers=layers,
     )
     reply = ask_with_progress(request, root, state, quiet=as_json)
     assert isinstance(reply, protocol.PodmanAdded)

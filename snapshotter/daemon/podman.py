@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,17 +19,19 @@ import trio
 from index.errors import FirstByteError
 from snapshotter.daemon import protocol
 from snapshotter.daemon.errors import DaemonError
+from snapshotter.daemon.podman_layers import COMPRESSIONS, PodmanLayers, pinned_reference
+from snapshotter.daemon.showing import Mode
 from snapshotter.nursery import open_nursery
-from snapshotter.podman.graph_root import GraphRoot, Image, link_name
-from snapshotter.podman.users import users_of
+from snapshotter.podman.graph_root import GraphRoot, Image, Layer, chain, link_name
+from snapshotter.podman.merged import go_time
+from snapshotter.podman.users import images_of, users_of
 from snapshotter.registry.reference import LAYOUT_PREFIX, Reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from snapshotter.daemon.images import Images
     from snapshotter.daemon.open_image import OpenImage
-    from snapshotter.daemon.showing import Mode
     from snapshotter.registry.image import ResolvedImage
 
 log = logging.getLogger(__name__)
@@ -49,10 +52,13 @@ class _Served:
 class PodmanImages:
     """All of them, by ID. For the trio thread."""
 
-    def __init__(self, store: Path, images: Images, nursery: trio.Nursery) -> None:
-        """Background work runs in `nursery`."""
+    def __init__(
+        self, store: Path, images: Images, layers: PodmanLayers | None, nursery: trio.Nursery
+    ) -> None:
+        """`layers` is the layer store, if there is one. Background work runs in `nursery`."""
         self._store = GraphRoot(store)
         self._images = images
+        self._layers = layers
         self._nursery = nursery
         self._served: dict[str, _Served] = {}
         self._changing = trio.Lock()
@@ -76,21 +82,31 @@ class PodmanImages:
         """Put an image into the store, or give one that is there another name. Raises
         FirstByteError."""
         name = podman_name(request.reference)
+        if request.layers:
+            self._require_layers(request.reference)
         image, resolved = await self._images.acquire(
             request.reference,
             request.platform,
             index=Path(request.index) if request.index else None,
             report=report,
         )
-        async with self._changing:
-            with trio.CancelScope(shield=True):
-                try:
+        served: _Served | None = None
+        try:
+            if request.layers:  # which may take long, and can be cancelled
+                await self._pin(resolved)
+            async with self._changing:
+                with trio.CancelScope(shield=True):
                     await self._images.keep(image)
-                    served = await self._show(name, image, resolved)
-                except BaseException:
+                    show = self._show_layers if request.layers else self._show
+                    served = await show(name, image, resolved)
+                    await self._drop_nameless(request.graph_roots)
+        finally:
+            if served is None:
+                with trio.CancelScope(shield=True):
                     await self._images.release(image)
-                    raise
-                await self._drop_nameless(request.graph_roots)
+                if request.layers:
+                    self._unpin(_pinned(resolved))
+        assert served is not None
         return _status(served)
 
     async def remove(self, request: protocol.PodmanRemoveRequest) -> None:
@@ -131,6 +147,44 @@ class PodmanImages:
         added = await trio.to_thread.run_sync(
             self._store.add, name, resolved.manifest.raw, resolved.raw_config, tree, size
         )
+        return await self._added(added, image, mode)
+
+    async def _pin(self, resolved: ResolvedImage) -> Path:
+        """Have the layer store serve an image; returns the image's directory there."""
+        assert self._layers is not None
+        return await self._layers.pin(_pinned(resolved), resolved)
+
+    def _unpin(self, reference: str) -> None:
+        """The layer store need not serve an image, unless another one is to be found there."""
+        kept = {pinned_reference(one.image) for one in self._served.values() if one.image.layers_at}
+        if self._layers is not None and reference not in kept:
+            self._layers.unpin(reference)
+
+    async def _show_layers(self, name: str, image: OpenImage, resolved: ResolvedImage) -> _Served:
+        directory = await self._pin(resolved)  # again: it may have been removed meanwhile
+        added = await trio.to_thread.run_sync(
+            self._store.add_layers,
+            name,
+            resolved.manifest.raw,
+            resolved.raw_config,
+            layer_records(image, resolved),
+            directory,
+        )
+        return await self._added(added, image, Mode.FUSE)
+
+    def _require_layers(self, reference: str) -> None:
+        if self._layers is None:
+            raise DaemonError(
+                "only a daemon that runs as a service shows podman an image's own layers",
+                hint="systemctl start firstbyte, or firstbyte daemon",
+            )
+        if reference.startswith(LAYOUT_PREFIX):
+            raise DaemonError(
+                f"{reference} is in no registry, from which podman could push its layers on",
+                hint="add it without --layers",
+            )
+
+    async def _added(self, added: Image, image: OpenImage, mode: Mode) -> _Served:
         served = self._served.setdefault(added.id, _Served(added))
         if served.open is image:
             await self._images.release(image)  # it has one user here, whatever its names are
@@ -144,8 +198,7 @@ class PodmanImages:
         try:
             image = await self._images.open_known(served.image.original)
             try:
-                mode, tree = await self._images.directory(image)
-                await trio.to_thread.run_sync(self._store.point, served.image, tree)
+                mode = await self._point(served.image, image)
             except BaseException:
                 await self._images.release(image)
                 raise
@@ -155,9 +208,22 @@ class PodmanImages:
             return
         self._serve(served, image, mode)
 
+    async def _point(self, record: Image, image: OpenImage) -> Mode:
+        """Let containers to come find an image where it is shown now. Raises FirstByteError."""
+        if record.layers_at:
+            self._require_layers(_name(record))
+            assert self._layers is not None
+            resolved = image.manifests[record.original]
+            await self._layers.pin(pinned_reference(record), resolved)
+            return Mode.FUSE
+        mode, tree = await self._images.directory(image)
+        await trio.to_thread.run_sync(self._store.point, record, tree)
+        return mode
+
     def _serve(self, served: _Served, image: OpenImage, mode: Mode) -> None:
         served.open, served.mode, served.problem = image, mode, ""
-        self._nursery.start_soon(self._improve, served, image)
+        if not served.image.layers_at:
+            self._nursery.start_soon(self._improve, served, image)
 
     async def _improve(self, served: _Served, image: OpenImage) -> None:
         """When all of an image is here, containers to come get it without us."""
@@ -166,9 +232,7 @@ class PodmanImages:
             if not image.local or served.open is not image:
                 return
             try:
-                mode, tree = await self._images.directory(image)
-                await trio.to_thread.run_sync(self._store.point, served.image, tree)
-                served.mode = mode
+                served.mode = await self._point(served.image, image)
             except FirstByteError as error:
                 log.warning("%s stays as it is shown: %s", _name(served.image), error)
 
@@ -181,6 +245,8 @@ class PodmanImages:
             else:
                 del self._served[image_id]
                 await self._close(served)
+                if served.image.layers_at:
+                    self._unpin(pinned_reference(served.image))
 
     async def _close(self, served: _Served) -> None:
         image, served.open, served.mode = served.open, None, None
@@ -210,15 +276,50 @@ class PodmanImages:
 
     def _remove_unused(self, image: Image, graph_roots: list[str]) -> list[str]:
         """Take an image out of the store, or tell who uses it. Blocks."""
-        link, roots = link_name(image.layer), [Path(root) for root in graph_roots]
-        if users := users_of(link, roots):
+        ids = [layer.id for layer in self._store.layers_of(image)]
+        roots = [Path(root) for root in graph_roots]
+        if users := _users_of(ids, roots):
             return users
         self._store.withdraw(image)
-        if users := users_of(link, roots):  # they were faster
+        if users := _users_of(ids, roots):  # they were faster
             self._store.restore(image)
             return users
         self._store.sweep()
         return []
+
+
+def _pinned(resolved: ResolvedImage) -> str:
+    """The reference of an image that never stands for another one."""
+    return f"{Reference.parse(resolved.name).name}@{resolved.descriptor.digest}"
+
+
+def layer_records(image: OpenImage, resolved: ResolvedImage) -> list[Layer]:
+    """The layers of an image as containers/storage knows them, lowest first."""
+    created = go_time(datetime.now(UTC))
+    described = zip(
+        resolved.manifest.layers, resolved.config.rootfs.diff_ids, image.layers, strict=True
+    )
+    return chain(
+        Layer(
+            id="",
+            created=created,
+            compressed_diff_digest=layer.digest,
+            compressed_size=layer.size,
+            diff_digest=diff_id,
+            diff_size=opened.table.raw_size,
+            compression=COMPRESSIONS.get(opened.table.codec, 0),
+            uidset=[0],
+            gidset=[0],
+        )
+        for layer, diff_id, opened in described
+    )
+
+
+def _users_of(layers: Sequence[str], roots: Sequence[Path]) -> list[str]:
+    """Who uses any of an image's layers, lowest first: mostly it is the topmost one."""
+    links = [link_name(layer) for layer in reversed(layers)]
+    users = [user for link in links for user in users_of(link, roots)]
+    return list(dict.fromkeys([*users, *images_of(layers, roots)]))
 
 
 def podman_name(reference: str) -> str:

@@ -30,13 +30,15 @@ from snapshotter.mounts.errors import MountError
 from snapshotter.mounts.table import mount_at
 from snapshotter.nursery import open_nursery
 from snapshotter.podman import rootless
+from snapshotter.podman.graph_root import GraphRoot
 from snapshotter.podman.held import HeldImages
-from snapshotter.podman.layer_store import LayerStoreView, encode_reference
+from snapshotter.podman.layer_store import LayerStoreView, decode_reference, encode_reference
 from snapshotter.podman.storage_conf import find_storage_conf, read_storage_conf, usual_graph_root
 from snapshotter.podman.users import layers_below
 from snapshotter.podman.versions import may_answer_tables
 from snapshotter.registry.reading import read_blob
 from snapshotter.store.durable import make_directory, remove_file, write_file
+from snapshotter.store.errors import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from snapshotter.daemon.process import Stop
     from snapshotter.fuse.live import Call
     from snapshotter.fuse.view import Views
+    from snapshotter.podman.graph_root import Image
     from snapshotter.podman.held import HeldImage
     from snapshotter.registry.image import ResolvedImage
     from snapshotter.registry.manifest import Descriptor
@@ -73,7 +76,7 @@ layers. Guessed; a registry that does not answer is given up after some 5 s."""
 
 _SWEEP_SECONDS = 60.0  # an image that nobody uses stays for one to two of these; guessed
 
-_COMPRESSIONS = {Codec.PLAIN: 0, Codec.GZIP: 2, Codec.ZSTD: 4}
+COMPRESSIONS = {Codec.PLAIN: 0, Codec.GZIP: 2, Codec.ZSTD: 4}
 """containers/storage `pkg/archive` Compression."""
 
 
@@ -108,7 +111,7 @@ class _Layer:
         fields: dict[str, object] = {
             "compressed-size": self._descriptor.size,
             "diff-size": table.raw_size,
-            "compression": _COMPRESSIONS.get(table.codec, 0),
+            "compression": COMPRESSIONS.get(table.codec, 0),
         }
         if digest == self._descriptor.digest:
             fields |= {"compressed-diff-digest": digest, "diff-digest": diff_id}
@@ -191,6 +194,7 @@ class PodmanLayers:
         self._refused: dict[tuple[str, str], float] = {}
         self._locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
         self._counting = trio.Lock()
+        self._pinned: set[str] = set()
         self._view = LayerStoreView(name=VIEW_NAME.encode(), slot=_STORE_SLOT, layers=self)
 
     @property
@@ -211,8 +215,9 @@ class PodmanLayers:
         self._views.add(self._view)
         if not resumed:
             await trio.to_thread.run_sync(self._held.begin_mount)
+        pinned = await trio.to_thread.run_sync(self._in_image_store)
         for held in self._held.images:
-            if not any(held.counts):
+            if not any(held.counts) and held.reference not in pinned:
                 await trio.to_thread.run_sync(self._held.remove, held)
                 continue
             try:
@@ -233,9 +238,34 @@ class PodmanLayers:
         while True:
             await trio.sleep(_SWEEP_SECONDS)
             for image in list(self._open):
-                image.idle = 0 if any(image.held.counts) else image.idle + 1
+                image.idle = 0 if self._is_used(image) else image.idle + 1
                 if image.idle > 1:
                     await self._drop(image)
+
+    async def pin(self, reference: str, resolved: ResolvedImage) -> Path:
+        """Serve all layers of an image that is known on this node by this reference, which has its
+        digest, until `unpin`. Returns the image's directory in the store. Raises FirstByteError."""
+        async with self._lock(reference):
+            if not any(image.held.reference == reference for image in self._open):
+                await self._acquire(reference, resolved.manifest.layers[0].digest)
+            self._pinned.add(reference)
+        return self._store / encode_reference(reference).decode()
+
+    def unpin(self, reference: str) -> None:
+        """Serve them for as long as podman uses them, and a while."""
+        self._pinned.discard(reference)
+
+    def _is_used(self, image: _Image) -> bool:
+        return image.held.reference in self._pinned or any(image.held.counts)
+
+    def _in_image_store(self) -> set[str]:
+        """The references of what the image store is about to pin again."""
+        try:
+            images = GraphRoot(self._folder / "images").images()
+            return {pinned_reference(image) for image in images if image.layers_at}
+        except StoreError as error:
+            log.warning("%s", error)
+            return set()
 
     async def close(self) -> None:
         """Serve none of them any more; what podman holds stays on disk."""
@@ -382,7 +412,7 @@ class PodmanLayers:
             log.warning("podman still has layers of %s, which it has given up", image.resolved.name)
             return
         async with self._lock(image.held.reference), self._counting:
-            if image not in self._open or any(image.held.counts):
+            if image not in self._open or self._is_used(image):
                 return
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._held.remove, image.held)
@@ -421,6 +451,14 @@ async def show_layer_store(layers: PodmanLayers, places: Places, stop: Stop) -> 
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(_unbind, places)
                 await layers.close()
+
+
+def pinned_reference(image: Image) -> str:
+    """What `pin` was told of an image with its own layers. Raises StoreError."""
+    reference = decode_reference(os.fsencode(os.path.basename(image.layers_at)))
+    if reference is None:
+        raise StoreError(f"{image.layers_at} is no directory of podman's layer store")
+    return reference
 
 
 def is_shown(places: Places) -> bool:

@@ -192,6 +192,7 @@ async def _serve(
             parts.records,
             nursery,
             housekeeping,
+            layers,
             PodmanCredentials(handed, layers),
             stop=stop,
             stay=stay,

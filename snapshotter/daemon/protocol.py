@@ -61,10 +61,11 @@ class UmountRequest(msgspec.Struct, frozen=True, tag="umount"):
 
 class PodmanAddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="podman add"):
     """Put an image into podman's image store. Fields as of MountRequest; `graph_roots` are where
-    podman keeps containers that may use images of the store."""
+    podman keeps containers that may use images of the store. With `layers` they are not merged."""
 
     reference: str
     graph_roots: list[str]
+    layers: bool = False
     platform: str = ""
     index: str = ""
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from snapshotter.daemon.open_image import OpenImage
     from snapshotter.daemon.places import Places
     from snapshotter.daemon.podman_credentials import PodmanCredentials
+    from snapshotter.daemon.podman_layers import PodmanLayers
     from snapshotter.daemon.process import Stop
     from snapshotter.daemon.records import Records
     from snapshotter.fetch.stats import FetchStats
@@ -55,6 +56,7 @@ class Service:
         records: Records,
         nursery: trio.Nursery,
         housekeeping: Housekeeping,
+        layers: PodmanLayers | None,
         credentials: PodmanCredentials,
         *,
         stop: Stop,
@@ -71,7 +73,7 @@ class Service:
         self._mounts: dict[Path, Mount] = {}
         self._requests: set[trio.CancelScope] = set()
         self._refusing = False
-        self._podman = PodmanImages(places.podman_images, images, nursery)
+        self._podman = PodmanImages(places.podman_images, images, layers, nursery)
         images.claims.append(self._podman.claimed)
         self._credentials = credentials
         self.containerd: Containerd | None = None

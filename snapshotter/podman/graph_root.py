@@ -1,4 +1,5 @@
-"""A graph root of containers/storage whose images have one layer each: the merged, lazy tree.
+"""A graph root of containers/storage whose images have one layer each: the merged, lazy tree; or
+their own layers, as the layer store shows them.
 
 podman and CRI-O read it as an *additional image store*: they run its images as they are, and never
 write to it. Source: containers/storage `store.go`, `images.go`, `layers.go` and
@@ -6,6 +7,9 @@ write to it. Source: containers/storage `store.go`, `images.go`, `layers.go` and
 
     overlay/<layer>/diff          symbolic link to the directory that shows the image
                    /link          the layer's short name, for mount options
+                   /lower         those of the layers below, if it has any
+                   /additionallayer    the layer's directory in a layer store, whose `blob` is read
+                                       when the image is pushed or saved
     overlay/l/<short name>        symbolic link to ../<layer>/diff
     overlay-layers/layers.json    the layers; layers.lock
     overlay-images/images.json    the images; images.lock
@@ -18,6 +22,7 @@ image, which the next `open` removes.
 from __future__ import annotations
 
 import base64
+import hashlib
 import re
 import shutil
 import threading
@@ -28,7 +33,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from snapshotter.podman.lockfile import locked_for_writing
-from snapshotter.podman.merged import MergedImage, go_time, merged_image
+from snapshotter.podman.merged import MergedImage, go_time, layered_image, merged_image
 from snapshotter.registry.digests import digest_of
 from snapshotter.store.durable import (
     discard_temporaries,
@@ -39,7 +44,7 @@ from snapshotter.store.durable import (
 from snapshotter.store.errors import StoreError, store_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 DRIVER = "overlay"
 
@@ -48,6 +53,12 @@ _PLAIN_NAME = re.compile(r"[a-z0-9.]+")  # big data whose name is a file's name 
 _HEX_ID = re.compile(r"[0-9a-f]{64}")
 
 _encoder = msgspec.json.Encoder()
+
+
+class _Metadata(msgspec.Struct, frozen=True, rename="kebab"):
+    """What we note of an image where containers/image notes other things, and ignores these."""
+
+    firstbyte_layers: str = ""
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defaults=True):
@@ -67,8 +78,15 @@ class Image(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defa
     created: str
 
     @property
+    def layers_at(self) -> str:
+        """The image's directory in the layer store; "" if its layers are merged."""
+        return msgspec.json.decode(self.metadata or "{}", type=_Metadata).firstbyte_layers
+
+    @property
     def original(self) -> str:
         """The digest of the image's manifest in its registry."""
+        if self.layers_at:
+            return self.digest
         digests = (key.removeprefix("manifest-") for key in self.big_data_names)
         return next(one for one in digests if one.startswith("sha256:") and self._is_other(one))
 
@@ -76,11 +94,15 @@ class Image(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defa
         return digest not in (self.digest, f"sha256:{self.id}")
 
 
-class Layer(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """A record of layers.json, of a layer without a parent. `diff_size` is in bytes."""
+class Layer(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defaults=True):
+    """A record of layers.json. Sizes are in bytes. `compression` is a number of containers/storage
+    `pkg/archive`."""
 
     id: str
+    parent: str = ""
     created: str
+    compressed_diff_digest: str = ""
+    compressed_size: int = 0
     diff_digest: str
     diff_size: int
     compression: int = 0
@@ -128,6 +150,25 @@ class GraphRoot:
             self._put(image)
             return image
 
+    def add_layers(
+        self, name: str, manifest: bytes, config: bytes, layers: Sequence[Layer], directory: Path
+    ) -> Image:
+        """Show an image as `add` does, with its own `layers` (of `chain`), lowest first, which are
+        in this `directory` of the layer store."""
+        made = layered_image(manifest, config, layers[-1].id)
+        with self._lock:
+            known = next((one for one in self._read_images() if one.id == made.id), None)
+            image = _named(known or self._make_image(made, str(directory)), name)
+            self._make_layers(layers)
+            self._link_layers([image])
+            self._put(image)
+            return image
+
+    def layers_of(self, image: Image) -> list[Layer]:
+        """The layers of an image, lowest first."""
+        with self._lock:
+            return self._layers_of(image)
+
     def point(self, image: Image, tree: Path) -> None:
         """From now on containers that start find the image at `tree`."""
         with self._lock:
@@ -171,7 +212,8 @@ class GraphRoot:
 
     def _sweep(self) -> None:
         images = self._read_images()
-        self._keep_layers({image.layer for image in images})
+        self._link_layers(images)  # to one of those that stay
+        self._keep_layers({layer.id for image in images for layer in self._layers_of(image)})
         for folder in self._images.iterdir():
             if folder.is_dir() and folder.name not in {image.id for image in images}:
                 shutil.rmtree(folder)
@@ -211,6 +253,48 @@ class GraphRoot:
             )
             self._write(self._layers, "layers", [*layers, made])
 
+    def _make_layers(self, layers: Sequence[Layer]) -> None:
+        known = self._read_layers()
+        there = {layer.id for layer in known}
+        if made := [layer for layer in layers if layer.id not in there]:
+            self._write(self._layers, "layers", [*known, *made])
+
+    def _link_layers(self, images: Sequence[Image]) -> None:
+        """Let the layers of images be where the layer store has them. Of images that share one the
+        first counts: to who uses it they are the same."""
+        done: set[str] = set()
+        for image in images:
+            below: list[str] = []
+            for layer in self._layers_of(image) if image.layers_at else ():
+                if layer.id not in done:
+                    place = Path(image.layers_at, layer.compressed_diff_digest)
+                    self._link_layer(layer.id, place, below)
+                done.add(layer.id)
+                below.insert(0, f"l/{link_name(layer.id)}")
+
+    def _link_layer(self, layer: str, directory: Path, below: Sequence[str]) -> None:
+        folder, short = self._overlay / layer, self._overlay / "l" / link_name(layer)
+        diff = folder / "diff"
+        if short.is_symlink() and diff.is_symlink() and diff.readlink() == directory / "diff":
+            return
+        make_directory(folder)
+        texts = {"link": link_name(layer), "additionallayer": str(directory)}
+        if below:
+            texts["lower"] = ":".join(below)
+        for name, text in texts.items():
+            write_file(folder / name, [text.encode()])
+        self._link(diff, directory / "diff")
+        self._link(short, Path("..") / layer / "diff")
+
+    def _layers_of(self, image: Image) -> list[Layer]:
+        known = {layer.id: layer for layer in self._read_layers()}
+        found: list[Layer] = []
+        layer = known.get(image.layer)
+        while layer is not None:
+            found.insert(0, layer)
+            layer = known.get(layer.parent)
+        return found
+
     def _read_layers(self) -> list[Layer]:
         path = self._layers / "layers.json"
         try:
@@ -236,7 +320,7 @@ class GraphRoot:
             if _HEX_ID.fullmatch(folder.name) and folder.name not in wanted:
                 shutil.rmtree(folder)  # of links and one small file: it follows none
 
-    def _make_image(self, merged: MergedImage) -> Image:
+    def _make_image(self, merged: MergedImage, layers_at: str = "") -> Image:
         folder = self._images / merged.id
         make_directory(folder)
         for key, value in merged.data.items():
@@ -245,7 +329,7 @@ class GraphRoot:
             id=merged.id,
             digest=merged.manifest_digest,
             layer=merged.layer,
-            metadata="{}",
+            metadata=_encoder.encode(_Metadata(layers_at)).decode() if layers_at else "{}",
             big_data_names=list(merged.data),
             big_data_sizes={key: len(value) for key, value in merged.data.items()},
             big_data_digests={key: digest_of(value) for key, value in merged.data.items()},
@@ -269,6 +353,17 @@ class GraphRoot:
 def link_name(layer: str) -> str:
     """The short name of a layer, in the form that the overlay driver makes at random."""
     return base64.b32encode(bytes.fromhex(layer))[:_LINK_LENGTH].decode()
+
+
+def chain(layers: Iterable[Layer]) -> list[Layer]:
+    """The layers of an image, lowest first, with the IDs that containers/image gives them: so what
+    is built on them, or shares them, is found to do so. Source: `storage/storage_dest.go`."""
+    made: list[Layer] = []
+    for layer in layers:
+        parent, own = made[-1].id if made else "", layer.diff_digest.removeprefix("sha256:")
+        name = hashlib.sha256(f"{parent}+{own}".encode()).hexdigest() if parent else own
+        made.append(msgspec.structs.replace(layer, id=name, parent=parent))
+    return made
 
 
 def _named(image: Image, name: str) -> Image:

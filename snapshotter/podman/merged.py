@@ -69,6 +69,19 @@ def merged_image(manifest: bytes, config: bytes, size: int) -> MergedImage:
     )
 
 
+def layered_image(manifest: bytes, config: bytes, layer: str) -> MergedImage:
+    """The image as it is, with its topmost layer's ID."""
+    fields: dict[str, Any] = msgspec.json.decode(config)
+    digest = digest_of(manifest)
+    return MergedImage(
+        id=digest_of(config).removeprefix("sha256:"),
+        layer=layer,
+        manifest_digest=digest,
+        created=_created(fields.get("created")),
+        data={"manifest": manifest, f"manifest-{digest}": manifest, digest_of(config): config},
+    )
+
+
 def go_time(moment: datetime) -> str:
     """A moment in the one form that Go reads (RFC 3339)."""
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")

@@ -18,7 +18,7 @@ from snapshotter.mounts.table import parse_mountinfo
 from snapshotter.podman.graph_root import DRIVER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
 
 class _Record(msgspec.Struct):
@@ -40,6 +40,22 @@ def users_of(link: str, graph_roots: Iterable[Path]) -> list[str]:
         if known.isdisjoint(points):
             found[f"the mount at {os.fsdecode(min(points))}"] = None
     return list(found)
+
+
+def images_of(layers: Collection[str], graph_roots: Iterable[Path]) -> list[str]:
+    """Words for each image of podman's own whose topmost layer is one of these, by ID: it has been
+    pulled when the layer was there already. Blocks."""
+    found = []
+    for root in graph_roots:
+        path = root / f"{DRIVER}-images/images.json"
+        try:
+            records = msgspec.json.decode(path.read_bytes(), type=list[_Record])
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+            continue
+        found += [
+            f"image {(one.names or [one.layer[:12]])[0]}" for one in records if one.layer in layers
+        ]
+    return found
 
 
 def _layers_upon(link: str, root: Path) -> Iterator[str]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.debian_root import shared
 from tests.support.instance import Instance, firstbyte, instance
 from tests.support.layouts import write_layout
 from tests.support.podman import VERSIONS, Podman, Version, podman
@@ -67,8 +68,10 @@ def app(make_image: Callable[..., str]) -> str:
 
 @pytest.fixture(scope="module")
 def here() -> Iterator[Instance]:
-    with instance() as made:
+    """All podmans see what its daemon mounts, one that runs before they enter their roots, too."""
+    with instance() as made, shared(made.base):
         yield made
+        made.clean()
 
 
 @pytest.fixture(scope="module", params=VERSIONS)

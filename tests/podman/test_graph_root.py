@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from snapshotter.fuse.live import Call
-from snapshotter.podman.graph_root import GraphRoot, link_name
+from snapshotter.podman.graph_root import GraphRoot, Image, Layer, chain, link_name
 from snapshotter.podman.held import HeldImages
 from snapshotter.podman.layer_store import decode_reference, encode_reference
 from snapshotter.podman.merged import merged_image
@@ -87,6 +87,58 @@ def test_an_image_that_was_withdrawn_can_come_back(store: GraphRoot, tmp_path: P
     assert (store.path / "overlay" / image.layer / "diff").exists()
     store.restore(image)
     assert store.images() == [image]
+
+
+def add_layers(store: GraphRoot, name: str, directory: Path, *layers: str) -> Image:
+    """An image of layers whose digests are made of these letters."""
+    made = chain(
+        Layer(
+            id="",
+            created="2024-01-01T00:00:00Z",
+            compressed_diff_digest=f"sha256:{letter.upper() * 64}",
+            compressed_size=3,
+            diff_digest=f"sha256:{letter * 64}",
+            diff_size=5,
+        )
+        for letter in layers
+    )
+    content = config(author=name)
+    return store.add_layers(name, MANIFEST + name.encode(), content, made, directory)
+
+
+def test_an_image_of_its_own_layers_names_them_as_podman_would(
+    store: GraphRoot, tmp_path: Path
+) -> None:
+    image = add_layers(store, "app:1", tmp_path / "1", "a", "b")
+    assert (
+        image.original
+        == image.digest
+        == f"sha256:{hashlib.sha256(MANIFEST + b'app:1').hexdigest()}"
+    )
+    below, top = store.layers_of(image)
+    assert below.id == "a" * 64
+    assert top.id == hashlib.sha256(f"{below.id}+{'b' * 64}".encode()).hexdigest()
+    folder = store.path / "overlay" / top.id
+    place = tmp_path / "1" / top.compressed_diff_digest
+    assert (folder / "diff").readlink() == place / "diff"
+    assert (folder / "additionallayer").read_text() == str(place)
+    assert (folder / "lower").read_text() == f"l/{link_name(below.id)}"
+    assert not (store.path / "overlay" / below.id / "lower").exists()
+
+
+def test_a_layer_that_images_share_is_found_with_one_that_stays(
+    store: GraphRoot, tmp_path: Path
+) -> None:
+    first = add_layers(store, "app:1", tmp_path / "1", "a", "b")
+    add_layers(store, "app:2", tmp_path / "2", "a", "c")
+    assert len(records(store, "layers")) == 3
+    store.withdraw(first)
+    store.sweep()
+    assert len(records(store, "layers")) == 2
+    diff = store.path / "overlay" / ("a" * 64) / "diff"
+    assert diff.readlink().is_relative_to(tmp_path / "2")
+    GraphRoot(store.path).open()
+    assert len(records(store, "layers")) == 2
 
 
 def test_what_is_of_no_image_goes(store: GraphRoot, tmp_path: Path) -> None:

@@ -158,6 +158,48 @@ def test_what_can_be_pushed_and_saved(
     any_podman.succeed("push", "-q", app, copy)
 
 
+def test_an_image_with_its_own_layers_is_pushed_and_saved(
+    here: Instance, any_podman: Podman, app: str, registry: RunningRegistry
+) -> None:
+    """And what is built on it; to podman it is the image that `podman pull` gives."""
+    here.succeed("podman", "add", "--layers", app)
+    looks = ("/bin/ls", "/srv", "/opt")
+    seen = any_podman.succeed("run", "--rm", app, *looks).split()
+    assert seen == ["/opt:", "new", "/srv:", "big"]
+    here.succeed("daemon", "--stop")
+    wait_until(lambda: not greeter(here.state))
+    here.start()
+    assert any_podman.succeed("run", "--rm", app, *looks).split() == seen
+    any_podman.succeed("run", "-d", "--name", "one", app, "/bin/sleep", "infinity")
+    copies = [registry.reference(f"{kind}/{any_podman.version}") for kind in ("copy", "committed")]
+    any_podman.succeed("push", "-q", app, copies[0])
+    any_podman.succeed("commit", "-q", "one", copies[1])
+    any_podman.succeed("push", "-q", copies[1])
+    saved = any_podman.base / "layers.tar"
+    any_podman.succeed("save", "-q", "-o", saved, app)
+    os.kill(greeter(here.state), signal.SIGKILL)
+    here.start()
+    any_podman.succeed("restart", "-t", "0", "one")
+    assert any_podman.succeed("exec", "one", "/bin/cat", "/etc/name") == "third"
+    (image,) = listed(here)
+    assert image["mode"] == "fuse"
+    refusal = here.fail("podman", "rm", app)
+    assert "container one" in refusal
+    assert f"image {copies[1]}" in refusal
+    any_podman.reset()
+    if any_podman.version == "5.8":
+        any_podman.succeed("system", "check")
+    any_podman.succeed("pull", "-q", app)
+    assert any_podman.images()[app]["Id"] == image["id"]
+    assert f"in use by image {app}" in here.fail("podman", "rm", app)
+    any_podman.succeed("rmi", app)
+    here.succeed("podman", "rm", app)
+    any_podman.succeed("load", "-q", "-i", saved)
+    assert any_podman.images()[app]["Id"] == image["id"]
+    committed = any_podman.succeed("run", "--rm", copies[1], "/bin/cat", "/etc/name")
+    assert committed == "third"
+
+
 def test_images_that_share_layers_are_served_by_themselves(
     here: Instance, any_podman: Podman, app: str, make_image: Callable[..., str]
 ) -> None:
@@ -193,10 +235,11 @@ def test_it_outlives_the_daemon(here: Instance, any_podman: Podman, app: str) ->
     """Killed: what runs goes on. Stopped, as a reboot does it: the next daemon serves it again."""
     here.succeed("podman", "add", app)
     any_podman.succeed("run", "-d", "--name", "lives", app, "/bin/sleep", "infinity")
-    os.kill(here.status()["pid"], signal.SIGKILL)
-    daemon = here.start()
+    with any_podman.start("run", "--rm", app) as starting:
+        os.kill(greeter(here.state), signal.SIGKILL)
+        daemon = here.start()
+        assert starting.communicate(timeout=60)[0] == "third\n"
     assert any_podman.succeed("exec", "lives", "/bin/ls", "/srv") == "big"
-    assert any_podman.succeed("run", "--rm", app) == "third"
     any_podman.succeed("rm", "-f", "-t", "0", "lives")
     here.succeed("daemon", "--stop")
     daemon.wait(timeout=30)
