@@ -116,12 +116,9 @@ class Images:
         """The pull is over."""
         self._scheduler.release_fill()
 
-    def expect_start(self, image: OpenImage) -> None:
+    def expect_start(self) -> None:
         """The pull of an image is over: a container is about to start."""
-        if image.found.pack is not None:
-            self._scheduler.expect_start()
-        else:
-            self._scheduler.release_fill()
+        self._scheduler.expect_start()
 
     async def acquire(
         self,

@@ -190,7 +190,7 @@ class LazySnapshots:
             return _refused(labels, "unsupported", reason)
         top = number + 1 == len(chains)
         if top:
-            self._images.expect_start(whole)
+            self._images.expect_start()
         else:
             self._images.hold_fill()
         return LayerPlace(

@@ -13,7 +13,7 @@ import trio
 from index.errors import FormatError
 from index.tables import CHUNK_SIZE
 from snapshotter.fetch.errors import FetchError
-from snapshotter.fetch.readahead import SequentialReaders
+from snapshotter.fetch.readahead import Neighbours, SequentialReaders
 from snapshotter.fetch.source import Origin
 from snapshotter.fetch.wants import Priority
 
@@ -58,6 +58,7 @@ class LazyLayer:
         self._recorder = recorder
         self._number = number
         self._readers = SequentialReaders()
+        self._neighbours = Neighbours()
         self._latest = (-1, -1)
         self._closed = False
 
@@ -118,6 +119,7 @@ class LazyLayer:
                 found.update(await trio.to_thread.run_sync(_read_all, stored, here))
             absent = [part for part in wanted if part[0] not in found]
             if absent:
+                self._guess(absent[-1][0])
                 fetched = await self._scheduler.read(self.origin, [chunk for chunk, _, _ in absent])
                 for chunk, start, end in absent:
                     if chunk in fetched:
@@ -141,9 +143,21 @@ class LazyLayer:
         self._latest = (first, last)
         if self._recorder is not None and self._recorder.touch(self._number, first, last):
             self._scheduler.note_touch()
-        ahead = self._readers.advance(first, last)
-        # Of what starts read, the rest is known as well, and on its way.
-        if ahead and not self.stored.complete and last not in self.stored.start_chunks:
+        self._neighbours.read(last)
+        self._fetch_ahead(last, self._readers.advance(first, last))
+
+    def _guess(self, chunk: int) -> None:
+        """A chunk is waited for. If that is in a start, fetch what it may read next."""
+        if self._recorder is None:
+            return
+        if self._recorder.stopped:
+            self._neighbours.forget()
+        self._fetch_ahead(chunk, self._neighbours.guess(chunk))
+
+    def _fetch_ahead(self, chunk: int, ahead: range) -> None:
+        """Who reads a chunk is expected to read these. Of what earlier starts have read, the rest
+        is known as well, and on its way."""
+        if ahead and not self.stored.complete and chunk not in self.stored.start_chunks:
             within = range(ahead.start, min(ahead.stop, self.table.chunk_count))
             self._scheduler.advise(self.origin, within, Priority.READAHEAD)
 

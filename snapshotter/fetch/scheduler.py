@@ -131,14 +131,13 @@ class Scheduler:
         self._transfer.hold_fill()
 
     def release_fill(self) -> None:
-        """The pull is over, and a start is about to begin. What it will read is not known, so every
-        chunk more may be one that it need not wait for."""
+        """The pull is over, and no start will follow."""
         self.expect_reads()
         self._transfer.release_fill()
 
     def expect_start(self) -> None:
-        """The pull is over, and a start is about to begin. What it will read is on its way, so fill
-        would only take the processors from it: it waits until the start has settled."""
+        """The pull is over, and a start is about to begin. Fill would only take the processors from
+        it, and the link from what it waits for: it waits until the start has settled."""
         self.expect_reads()
         self._transfer.expect_start()
 

@@ -140,6 +140,7 @@ async def test_a_start_that_goes_on_is_waited_for_but_not_for_ever(
     source, stored = MemorySource(LAYERS[0]), node.store.open(LAYERS[0].table)
     recorder = StartupRecorder()
     lazy = LazyLayer(LAYERS[0].table, stored, source, node.scheduler, recorder=recorder)
+    stored.start_chunks.add(0)  # or its neighbours would be fetched, too
     fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
     node.scheduler.expect_start()
     assert await lazy.read(0, 9) == LAYERS[0].raw[:9]

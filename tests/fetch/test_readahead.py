@@ -1,4 +1,4 @@
-"""Sequential readers are recognised, random ones are left alone."""
+"""Sequential readers are recognised, starts are helped, random readers are left alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from snapshotter.fetch.readahead import (
     FIRST_WINDOW,
     LARGEST_WINDOW,
     MAX_STREAMS,
+    MOST_IN_VAIN,
+    NEIGHBOURS,
+    Neighbours,
     SequentialReaders,
 )
 
@@ -43,3 +46,35 @@ def test_chunks_that_never_follow_each_other_cause_no_read_ahead(chunks: list[in
     for chunk in chunks:
         assert not readers.advance(chunk, chunk)
     assert len(readers._windows) <= MAX_STREAMS
+
+
+def test_what_follows_a_chunk_that_is_waited_for_is_guessed() -> None:
+    assert Neighbours().guess(7) == range(8, 8 + NEIGHBOURS)
+
+
+def test_who_never_reads_what_was_guessed_is_at_random_places() -> None:
+    neighbours = Neighbours()
+    far = range(0, 1000 * NEIGHBOURS, 2 * NEIGHBOURS)
+    guesses = []
+    for chunk in far:
+        neighbours.read(chunk)
+        guesses.append(neighbours.guess(chunk))
+    assert [bool(guess) for guess in guesses[: MOST_IN_VAIN + 1]] == [True] * MOST_IN_VAIN + [False]
+    assert not any(guesses[MOST_IN_VAIN:])
+
+
+def test_one_that_was_guessed_right_makes_up_for_others() -> None:
+    neighbours = Neighbours()
+    for chunk in range(0, 1000 * NEIGHBOURS, 2 * NEIGHBOURS):
+        neighbours.read(chunk)
+        assert neighbours.guess(chunk)
+        if chunk % (8 * NEIGHBOURS) == 0:
+            neighbours.read(chunk + 3)
+
+
+def test_after_the_start_nothing_is_guessed() -> None:
+    neighbours = Neighbours()
+    neighbours.guess(7)
+    neighbours.forget()
+    neighbours.read(8)
+    assert neighbours.guess(100) == range(0)

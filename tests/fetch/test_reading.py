@@ -13,6 +13,7 @@ from index.errors import FormatError
 from index.tables import CHUNK_SIZE, Codec
 from snapshotter.fetch.errors import FetchError
 from snapshotter.fetch.pacing import FIRST_FAN
+from snapshotter.fetch.readahead import NEIGHBOURS
 from snapshotter.fetch.scheduler import RESERVED
 from snapshotter.fetch.startup import StartupRecorder
 from snapshotter.fetch.wants import ChunkState, Priority
@@ -392,6 +393,7 @@ async def test_first_touches_are_recorded_in_order_and_can_be_replayed(node: Nod
     assert [touch.after for touch in recorder.touches] == sorted(
         touch.after for touch in recorder.touches
     )
+    await node.quiet()
     for chunk in (7, 2, 12):
         lazy.stored.drop(chunk, "is dropped by a test")
     node.store._cache._chunks.clear()
@@ -401,3 +403,24 @@ async def test_first_touches_are_recorded_in_order_and_can_be_replayed(node: Nod
     assert [lazy.stored.has(chunk) for chunk in (7, 2, 12)] == [True] * 3
     spans = [FRAMED.table.span(chunk, chunk) for chunk in (7, 2, 12)]
     assert source.requests == [(span.start, span.end) for span in spans]
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["by guess", "by an earlier start"])
+async def test_a_start_gets_what_is_near_with_what_it_waits_for(node: Node, known: bool) -> None:
+    """In one request, and only while it is not known what it will read."""
+    lazy, source = node.mount(PLAIN)
+    recorder = lazy._recorder = StartupRecorder()
+    if known:
+        lazy.stored.start_chunks.add(2)
+    assert await lazy.read(2 * CHUNK_SIZE, 9) == RAW[2 * CHUNK_SIZE :][:9]
+    await node.quiet()
+    last = 2 if known else 2 + NEIGHBOURS
+    assert lazy.stored.missing(0, 20) == [chunk for chunk in range(21) if not 2 <= chunk <= last]
+    assert source.requests[0][0] == 2 * CHUNK_SIZE
+    assert all(end == start for (_, end), (start, _) in pairwise(source.requests))
+
+    recorder.stop()
+    lazy.stored.start_chunks.clear()
+    await lazy.read(19 * CHUNK_SIZE, 9)
+    await node.quiet()
+    assert not lazy.stored.has(20)
