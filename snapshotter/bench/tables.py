@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 Cell = str | int | float
 
@@ -18,12 +18,16 @@ _DIGITS = 3  # significant ones: no measurement here is good for more
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Columns are named with their units; every row has a cell for each."""
+    """Columns are named with their units; every row has a cell for each.
+
+    `samples` are the single measurements that rows are made of, for scripts alone.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
+    samples: tuple[Mapping[str, object], ...] = ()
 
 
 def as_text(tables: Sequence[Table]) -> str:
@@ -37,11 +41,13 @@ def as_markdown(tables: Sequence[Table]) -> str:
 
 
 def as_json(tables: Sequence[Table]) -> str:
-    """One JSON object: a list of rows for each title, numbers as they were measured."""
-    named = {
-        table.title: [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-        for table in tables
-    }
+    """One JSON object: a list of rows for each title, numbers as they were measured; and one of the
+    single samples, where they are kept."""
+    named: dict[str, list[Mapping[str, object]]] = {}
+    for table in tables:
+        named[table.title] = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+        if table.samples:
+            named[f"{table.title}: samples"] = list(table.samples)
     return json.dumps(named, indent=2)
 
 

@@ -152,6 +152,8 @@ class PodmanImages:
     async def _pin(self, resolved: ResolvedImage) -> Path:
         """Have the layer store serve an image; returns the image's directory there."""
         assert self._layers is not None
+        if not resolved.manifest.layers:
+            raise DaemonError(f"{resolved.name} has no layers", hint="add it without --layers")
         return await self._layers.pin(_pinned(resolved), resolved)
 
     def _unpin(self, reference: str) -> None:

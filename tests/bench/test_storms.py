@@ -40,7 +40,10 @@ def test_starts_at_once_fetch_what_one_does(
     command += ["--samples", "1", "--starts", "1", "--starts", "3", "--mode", "firstbyte"]
     done = bench(*command, "--cache", tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    one, three = json.loads(done.stdout)[f"Starts of one image at once: tiny, {LINK}"]
+    title = f"Starts of one image at once: tiny, {LINK}"
+    found = json.loads(done.stdout)
+    one, three = found[title]
+    assert [len(storm["ready"]) for storm in found[f"{title}: samples"]] == [1, 3]
     assert (one["starts"], three["starts"]) == (1, 3)
     assert 0 < three["first ready s"] <= three["median ready s"] <= three["last ready s"]
     assert three["bytes / fewest starts"] < 1.5
@@ -51,7 +54,10 @@ def test_fill_is_compared_with_the_link(catalogue: Path, workplace: Path, tmp_pa
     command = ["fill", "--images", catalogue, "--image", "tiny", "--link", "20mbit-1ms", "--json"]
     done = bench(*command, "--samples", "1", "--mode", "firstbyte", "--cache", tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout)["Background fill, 20mbit-1ms"]
+    title = "Background fill, 20mbit-1ms"
+    found = json.loads(done.stdout)
+    (row,), (sample,) = found[title], found[f"{title}: samples"]
+    assert row["MB"] == sample["bytes"] / 1e6
     assert row["link MB/s"] == 2.5
     assert 0 < row["MB/s"] <= 1.05 * row["link MB/s"]
     assert row["cores MB/s"] > 0

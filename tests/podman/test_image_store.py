@@ -12,10 +12,13 @@ import pytest
 
 from snapshotter.podman.graph_root import GraphRoot
 from tests.support.instance import Instance, greeter, wait_until
+from tests.support.layouts import write_layout
+from tests.support.registry import skopeo_push
 from tests.support.tars import file, tar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from tests.support.podman import Podman
     from tests.support.registry import RunningRegistry
@@ -198,6 +201,16 @@ def test_an_image_with_its_own_layers_is_pushed_and_saved(
     assert any_podman.images()[app]["Id"] == image["id"]
     committed = any_podman.succeed("run", "--rm", copies[1], "/bin/cat", "/etc/name")
     assert committed == "third"
+
+
+def test_layers_are_not_shown_where_there_are_none_to_be_pushed(
+    here: Instance, registry: RunningRegistry, tmp_path: Path
+) -> None:
+    write_layout(tmp_path / "layout", [])
+    skopeo_push(tmp_path / "layout", registry.reference("empty"))
+    for reference in (f"oci:{tmp_path}/layout", registry.reference("empty")):
+        assert "add it without --layers" in here.fail("podman", "add", "--layers", reference)
+    assert listed(here) == []
 
 
 def test_images_that_share_layers_are_served_by_themselves(

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,11 +65,13 @@ def storms_table(
 ) -> Table:
     """What was measured, by mode and number of starts, fewest first."""
     rows: list[tuple[Cell, ...]] = []
+    samples: list[Mapping[str, object]] = []
     one: dict[str, tuple[float, float]] = {}
     for (mode, count), storms in measured.items():
         size = statistics.median(storm.bytes for storm in storms)
         needed = statistics.median(storm.needed_bytes for storm in storms)
         first = one.setdefault(mode, (size, needed))
+        samples += [{"mode": mode, "starts": count, **asdict(storm)} for storm in storms]
         rows.append(
             (
                 mode,
@@ -100,6 +102,7 @@ def storms_table(
         "Medians of all rounds; one pull, then as many containers as there are starts, each in a "
         "network of its own. Needed is what FirstByte fetched because somebody waited, or was "
         "about to. Target: 50 starts fetch at most 1.05 times what one does.",
+        tuple(samples),
     )
 
 

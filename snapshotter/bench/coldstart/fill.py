@@ -18,7 +18,7 @@ from snapshotter.bench.tables import Cell, Table
 from snapshotter.bench.timing import drop_caches, interleaved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from snapshotter.bench.coldstart.catalogue import Image
@@ -61,9 +61,11 @@ def fill(session: Session, images: Sequence[Image], modes: Sequence[Mode], sampl
     bandwidth = link.profile.bandwidth / 8
     bounds = {image.name: _bound(session.publisher.layers(image)) for image in images}
     rows: list[tuple[Cell, ...]] = []
+    kept: list[Mapping[str, object]] = []
     for (name, mode_name), found in interleaved(samples, works).items():
         rate = statistics.median(filled.bytes / filled.seconds for filled in found)
         limit = min(bandwidth, bounds[name])
+        kept += [{"image": name, "mode": mode_name, **filled._asdict()} for filled in found]
         rows.append(
             (
                 name,
@@ -94,6 +96,7 @@ def fill(session: Session, images: Sequence[Image], modes: Sequence[Mode], sampl
         f"Compressed bytes, from the pull until all is there and proven; medians of {samples} "
         "rounds. `cores` is what all of this machine's can inflate and digest twice (chunks, and "
         "the whole), with nothing else to do. Target: 0.9 of the lesser.",
+        tuple(kept),
     )
 
 

@@ -6,12 +6,14 @@ import statistics
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from snapshotter.bench.coldstart.measure import measure
 from snapshotter.bench.tables import Cell, Table
 from snapshotter.bench.timing import interleaved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from snapshotter.bench.coldstart.catalogue import Image
     from snapshotter.bench.coldstart.modes import Mode
@@ -38,7 +40,9 @@ def update(session: Session, old: Image, new: Image, modes: Sequence[Mode], samp
         works[mode.name, "nothing"] = partial(start, mode, None)
         works[mode.name, old.name] = partial(start, mode, old)
     rows: list[tuple[Cell, ...]] = []
+    kept: list[Mapping[str, object]] = []
     for (mode_name, present_name), found in interleaved(samples, works).items():
+        kept += [{"present": present_name, **msgspec.structs.asdict(sample)} for sample in found]
         rows.append(
             (
                 mode_name,
@@ -54,4 +58,5 @@ def update(session: Session, old: Image, new: Image, modes: Sequence[Mode], samp
         ("mode", "present", "ready s", "MB until ready", "local after s", "MB in all"),
         tuple(rows),
         f"Medians of {samples} rounds.",
+        tuple(kept),
     )
