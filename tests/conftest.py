@@ -14,19 +14,6 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["pytester"]
 
-# Rooms whose files take a minute or more. They come first, so that no worker is left with one when
-# the others have ended.
-_LONG = ("setup", "containerd", "endtoend", "bench", "survival", "daemon", "podman", "demo")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the rooms; within one, everything stays as it is."""
-    items.sort(key=lambda item: _place(item.path.parent.name))
-
-
-def _place(room: str) -> int:
-    return _LONG.index(room) if room in _LONG else len(_LONG)
-
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
