@@ -18,8 +18,9 @@ import trio
 
 from index.errors import FirstByteError
 from snapshotter.daemon import protocol
+from snapshotter.daemon.additional_layers import COMPRESSIONS
 from snapshotter.daemon.errors import DaemonError
-from snapshotter.daemon.podman_layers import COMPRESSIONS, PodmanLayers, pinned_reference
+from snapshotter.daemon.podman_layers import PodmanLayers, pinned_reference
 from snapshotter.daemon.showing import Mode
 from snapshotter.nursery import open_nursery
 from snapshotter.podman.graph_root import GraphRoot, Image, Layer, chain, link_name

@@ -7,8 +7,6 @@ restart without network. A layer's tree is made from the headers of the tars bel
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import mmap
 import os
@@ -19,10 +17,9 @@ from weakref import WeakValueDictionary
 import trio
 
 from index.erofs.reader import Image as Tree
-from index.errors import FirstByteError, IntegrityError
+from index.errors import FirstByteError
 from index.layertree import OPAQUE, USER_OPAQUE
-from index.tables import Codec
-from snapshotter.fuse.flat import FlatFile
+from snapshotter.daemon.additional_layers import AdditionalLayer, LayeredImage, tables_of
 from snapshotter.fuse.view import MAX_SLOT, View
 from snapshotter.images.layer_trees import build_layer_trees
 from snapshotter.mounts import syscalls
@@ -36,7 +33,6 @@ from snapshotter.podman.layer_store import LayerStoreView, decode_reference, enc
 from snapshotter.podman.storage_conf import find_storage_conf, read_storage_conf, usual_graph_root
 from snapshotter.podman.users import layers_below
 from snapshotter.podman.versions import may_answer_tables
-from snapshotter.registry.reading import read_blob
 from snapshotter.store.durable import make_directory, remove_file, write_file
 from snapshotter.store.errors import StoreError
 
@@ -53,18 +49,11 @@ if TYPE_CHECKING:
     from snapshotter.podman.graph_root import Image
     from snapshotter.podman.held import HeldImage
     from snapshotter.registry.image import ResolvedImage
-    from snapshotter.registry.manifest import Descriptor
 
 log = logging.getLogger(__name__)
 
 VIEW_NAME = "podman-layers"
 """The store's directory in the root of the FUSE mount."""
-
-TOC_ANNOTATIONS = (
-    "containerd.io/snapshot/stargz/toc.digest",
-    "io.github.containers.zstd-chunked.manifest-checksum",
-)
-"""Where an image names the tables of contents of its layers, which podman 5.1 and later ask for."""
 
 # Slots from the last one downwards; those that images get by themselves come from below.
 _STORE_SLOT = MAX_SLOT
@@ -75,96 +64,6 @@ _REFUSED_SECONDS = 15.0
 layers. Guessed; a registry that does not answer is given up after some 5 s."""
 
 _SWEEP_SECONDS = 60.0  # an image that nobody uses stays for one to two of these; guessed
-
-COMPRESSIONS = {Codec.PLAIN: 0, Codec.GZIP: 2, Codec.ZSTD: 4}
-"""containers/storage `pkg/archive` Compression."""
-
-
-class _Layer:
-    """One layer of a held image, as `podman.layer_store.StoredLayer`."""
-
-    def __init__(self, image: _Image, number: int, tree: View, blob_slot: int) -> None:
-        self._image = image
-        self._number = number
-        self._descriptor = image.resolved.manifest.layers[number]
-        self._fetching = trio.Lock()
-        self.tree = tree
-        self.blob = View(
-            name=tree.name + b".blob",
-            slot=blob_slot,
-            reference=tree.reference,
-            image=FlatFile(self._descriptor.size, whole_blocks=False),
-            layers=[self],
-            raw_size=0,
-        )
-
-    @property
-    def names(self) -> list[str]:
-        """The digests that podman may ask for."""
-        return [self._descriptor.digest, *_tables_of(self._descriptor)]
-
-    def info(self, digest: str) -> bytes:
-        """containers/storage's Layer: with the layer's digest as it wants it before 1.54, else with
-        that of the table of contents."""
-        table = self._image.open.layers[self._number].table
-        diff_id = self._image.resolved.config.rootfs.diff_ids[self._number]
-        fields: dict[str, object] = {
-            "compressed-size": self._descriptor.size,
-            "diff-size": table.raw_size,
-            "compression": COMPRESSIONS.get(table.codec, 0),
-        }
-        if digest == self._descriptor.digest:
-            fields |= {"compressed-diff-digest": digest, "diff-digest": diff_id}
-        else:
-            fields |= {"toc-digest": digest, "flags": {"expected-layer-diffid": diff_id}}
-        return json.dumps(fields).encode()
-
-    def read_now(self, offset: int, length: int) -> None:
-        """As of `RawSpace`, of the blob."""
-
-    async def read(self, offset: int, length: int) -> bytes:
-        """From a copy that is fetched, whole and verified, when somebody first reads it."""
-        async with self._fetching:
-            path = self._image.blobs / self._descriptor.digest.removeprefix("sha256:")
-            if not await trio.Path(path).exists():
-                await self._fetch(path)
-        return await trio.to_thread.run_sync(_read, path, offset, length)
-
-    async def _fetch(self, path: Path) -> None:
-        log.info("fetching layer %s whole, to be pushed or saved", self._descriptor.digest)
-        unfinished = path.with_suffix(".new")
-        hasher = hashlib.sha256()
-        async with await trio.open_file(unfinished, "wb") as file:
-
-            async def consume(piece: bytes) -> None:
-                hasher.update(piece)
-                await file.write(piece)
-
-            await read_blob(self._image.open.source, self._descriptor, consume)
-        if f"sha256:{hasher.hexdigest()}" != self._descriptor.digest:
-            self._image.open.source.doubt(self._descriptor)
-            raise IntegrityError(f"layer {self._descriptor.digest} came with other bytes")
-        await trio.Path(unfinished).rename(path)
-
-
-class _Image:
-    """A held image that is open. `idle` counts the sweeps that found nobody using it."""
-
-    def __init__(
-        self, held: HeldImage, resolved: ResolvedImage, image: OpenImage, blobs: Path
-    ) -> None:
-        self.held = held
-        self.resolved = resolved
-        self.open = image
-        self.blobs = blobs
-        self.layers: list[_Layer] = []
-        self.idle = 0
-
-    def number_of(self, digest: str) -> int | None:
-        for number, layer in enumerate(self.layers):
-            if digest in layer.names:
-                return number
-        return None
 
 
 class PodmanLayers:
@@ -190,7 +89,7 @@ class PodmanLayers:
             make_directory(directory)
         self._held = HeldImages(places.podman_held)
         images.claims.append(self.claimed)
-        self._open: list[_Image] = []
+        self._open: list[LayeredImage] = []
         self._refused: dict[tuple[str, str], float] = {}
         self._locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
         self._counting = trio.Lock()
@@ -255,7 +154,7 @@ class PodmanLayers:
         """Serve them for as long as podman uses them, and a while."""
         self._pinned.discard(reference)
 
-    def _is_used(self, image: _Image) -> bool:
+    def _is_used(self, image: LayeredImage) -> bool:
         return image.held.reference in self._pinned or any(image.held.counts)
 
     def _in_image_store(self) -> set[str]:
@@ -274,11 +173,11 @@ class PodmanLayers:
 
     # --- what the store asks ---
 
-    def known(self, reference: str, digest: str) -> _Layer | None:
+    def known(self, reference: str, digest: str) -> AdditionalLayer | None:
         found = self._locate(reference, digest)
         return None if found is None else found[0].layers[found[1]]
 
-    async def find(self, reference: str, digest: str) -> _Layer | None:
+    async def find(self, reference: str, digest: str) -> AdditionalLayer | None:
         async with self._lock(reference):
             layer = self.known(reference, digest)
             if layer is None and trio.current_time() >= self._refused.get((reference, digest), 0.0):
@@ -316,7 +215,7 @@ class PodmanLayers:
                 )
                 image.idle = 0
 
-    def _locate(self, reference: str, digest: str) -> tuple[_Image, int] | None:
+    def _locate(self, reference: str, digest: str) -> tuple[LayeredImage, int] | None:
         for image in reversed(self._open):
             if image.held.reference == reference:
                 number = image.number_of(digest)
@@ -361,7 +260,7 @@ class PodmanLayers:
     async def _may_have(self, resolved: ResolvedImage, digest: str) -> bool:
         if any(digest == layer.digest for layer in resolved.manifest.layers):
             return True
-        named = any(digest in _tables_of(layer) for layer in resolved.manifest.layers)
+        named = any(digest in tables_of(layer) for layer in resolved.manifest.layers)
         if named and not await trio.to_thread.run_sync(may_answer_tables):
             log.warning(
                 "podman would forget the layers of %s that it gets from the layer store: it gets "
@@ -373,7 +272,7 @@ class PodmanLayers:
 
     async def _serve(self, held: HeldImage, resolved: ResolvedImage, image: OpenImage) -> None:
         trees = await self._make_trees(image)
-        made = _Image(held, resolved, image, self._blobs)
+        made = LayeredImage(held, resolved, image, self._blobs)
         for number, path in enumerate(trees):
             mapped = await trio.to_thread.run_sync(_map, path)
             slot = _LAYER_SLOT - 2 * (held.number + number)
@@ -385,7 +284,7 @@ class PodmanLayers:
                 layers=image.layers,
                 raw_size=0,
             )
-            made.layers.append(_Layer(made, number, view, slot - 1))
+            made.layers.append(AdditionalLayer(made, number, view, slot - 1))
         for layer in made.layers:
             self._views.add(layer.tree)
             self._views.add(layer.blob)
@@ -404,7 +303,7 @@ class PodmanLayers:
                 await trio.to_thread.run_sync(write_file, path, [tree])
         return paths
 
-    async def _drop(self, image: _Image) -> None:
+    async def _drop(self, image: LayeredImage) -> None:
         """Serve an image no more, if podman has nothing of it."""
         prefix = self._store / encode_reference(image.held.reference).decode()
         below = await trio.to_thread.run_sync(lambda: layers_below(prefix, _graph_roots()))
@@ -419,7 +318,7 @@ class PodmanLayers:
                 await self._hide(image)
                 await trio.to_thread.run_sync(self._remove_files, image)
 
-    def _remove_files(self, image: _Image) -> None:
+    def _remove_files(self, image: LayeredImage) -> None:
         for layer in image.resolved.manifest.layers:
             if not any(layer in other.resolved.manifest.layers for other in self._open):
                 remove_file(self._blobs / layer.digest.removeprefix("sha256:"))
@@ -428,7 +327,7 @@ class PodmanLayers:
             for number in range(len(image.layers)):
                 remove_file(self._trees / f"{index.hex()}.{number}")
 
-    async def _hide(self, image: _Image) -> None:
+    async def _hide(self, image: LayeredImage) -> None:
         self._open.remove(image)
         for layer in image.layers:
             self._views.remove(layer.tree)
@@ -479,30 +378,16 @@ def _unbind(places: Places) -> None:
         log.warning("%s", error)
 
 
-async def _pass_refusal(image: _Image) -> None:
+async def _pass_refusal(image: LayeredImage) -> None:
     """An image that has lied is not read by its layers either."""
     await image.open.settled.wait()
     for layer in image.layers:
         layer.tree.refusal = image.open.view.refusal
 
 
-def _tables_of(layer: Descriptor) -> list[str]:
-    """The digests of a layer's tables of contents."""
-    annotations = layer.annotations or {}
-    return [annotations[key] for key in TOC_ANNOTATIONS if key in annotations]
-
-
 def _map(path: Path) -> Tree:
     with path.open("rb") as file:
         return Tree(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
-
-
-def _read(path: Path, offset: int, size: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.pread(descriptor, size, offset)
-    finally:
-        os.close(descriptor)
 
 
 def _graph_roots() -> set[Path]:

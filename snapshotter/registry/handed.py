@@ -53,9 +53,6 @@ class HandedCredentials:
             await trio.sleep(_LOOK_SECONDS)
             self._kept = {key: kept for key, kept in self._kept.items() if not _is_over(kept)}
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
 
 def _is_over(credential: Credential) -> bool:
     return trio.current_time() >= credential.expires
