@@ -39,7 +39,7 @@ class Podman:
         self._prefix = prefix
 
     def configure(self, **options: Sequence[Path | str]) -> None:
-        """Write storage.conf, with these keys of [storage.options]."""
+        """Write storage.conf, with these keys of [storage.options], and containers.conf."""
         lines = [
             "[storage]",
             'driver = "overlay"',
@@ -52,6 +52,10 @@ class Podman:
             ),
         ]
         (self.base / "storage.conf").write_text("\n".join(lines) + "\n")
+        # What podmans share else: `system reset` of one takes it from all others.
+        (self.base / "containers.conf").write_text(
+            f'[engine]\nlock_type = "file"\ntmp_dir = "{self.base}/libpod"\n'
+        )
 
     def start(self, command: str, *arguments: str | Path) -> subprocess.Popen[str]:
         """A podman that runs."""
@@ -70,6 +74,7 @@ class Podman:
 
     def environment(self) -> dict[str, str]:
         return os.environ | {
+            "CONTAINERS_CONF": str(self.base / "containers.conf"),
             "CONTAINERS_STORAGE_CONF": str(self.base / "storage.conf"),
             "CONTAINERS_REGISTRIES_CONF": str(self.base / "registries.conf"),
             "PODMAN_IGNORE_CGROUPSV1_WARNING": "1",
