@@ -36,6 +36,8 @@ _PROXY = "firstbyte"
 _DEFAULT = "overlayfs"
 _NAMESPACE = "k8s.io"  # the CRI's
 
+_SHIM_SOCKETS = "/run/containerd/s/"
+
 # `disable_snapshot_annotations`: the labels that tell a snapshotter the image. From containerd 2.1
 # on this pulls as 1.6 does and not through the transfer service; the same with either snapshotter.
 # Without a table of `runtimes` containerd 2 would not take these settings over.
@@ -121,12 +123,17 @@ class Containerd:
         """End it, and whatever runs in containers of its; nothing if it ended already."""
         self._images.close()
         stop_group(self._process)
-        for pid in self._shims():
+        shims = self._shims()
+        # Not of its state alone: what containerd was just removing has no address there any more.
+        sockets = [path for pid in shims for path in _sockets_of(pid)]
+        for pid in shims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         remove_cgroups(self.cgroup)
-        for address in self._state.glob("io.containerd.runtime.v2.task/*/*/address"):
-            Path(address.read_text().removeprefix("unix://")).unlink(missing_ok=True)
+        addresses = self._state.glob("io.containerd.runtime.v2.task/*/*/address")
+        sockets += [Path(one.read_text().removeprefix("unix://")) for one in addresses]
+        for path in sockets:
+            path.unlink(missing_ok=True)
 
     def _shims(self) -> list[int]:
         """The processes that watch its containers; they outlive containerd."""
@@ -159,6 +166,22 @@ class Containerd:
         raise DemoError(
             "containerd does not answer", hint="\n".join(self._log.read_text().splitlines()[-5:])
         )
+
+
+def _sockets_of(shim: int) -> list[Path]:
+    """The sockets at which a shim listens, if it has not ended meanwhile. Source: proc(5)."""
+    try:
+        open_files = {os.readlink(entry) for entry in Path(f"/proc/{shim}/fd").iterdir()}
+    except OSError:
+        return []
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    return [
+        Path(fields[7])
+        for fields in lines
+        if len(fields) == 8
+        and f"socket:[{fields[6]}]" in open_files
+        and fields[7].startswith(_SHIM_SOCKETS)
+    ]
 
 
 def _text(value: str | Path) -> str:

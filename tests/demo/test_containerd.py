@@ -91,13 +91,20 @@ def test_a_container_is_what_its_image_says(
     assert not socket.exists()
 
 
+@pytest.mark.parametrize("half_removed", [False, True])
 def test_what_is_left_of_a_container_ends_with_containerd(
-    workspace: Workspace, containerd: Containerd, talks: str
+    workspace: Workspace, containerd: Containerd, talks: str, half_removed: bool
 ) -> None:
+    """Also of one that containerd was just removing."""
     options = ("--detach", "--null-io", "--net-host", "--cgroup", f"/{containerd.cgroup}/test")
     containerd.ctr("run", *options, "--runc-root", containerd.directory / "runc", talks, "test")
     (socket,) = shim_sockets(workspace)
     assert left(workspace)
+    if half_removed:
+        (address,) = workspace.path.glob(
+            "containerd/state/io.containerd.runtime.v2.task/*/*/address"
+        )
+        address.unlink()
     containerd.stop()
     containerd.stop()
     assert cgroups_named(workspace.path.name) == []
