@@ -318,11 +318,12 @@ class Scheduler:
             with run.scope:
                 await self._transfer.carry_out(run)
         finally:
-            if stored.complete:
+            complete = stored.complete
+            stored.close()
+            if complete or stored.unused:
                 self._suspended.discard(run.origin.table)
             else:
                 self._suspended.keep(run.origin.table, run.decoding)
-            stored.close()
             run.layer.runs.remove(run)
             self._runs.remove(run)
             for want in list(run.wants.values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
+import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from index.tables import CHUNK_SIZE, Codec
 from snapshotter.fetch.decoding import MOST_SUSPENDED, Decoding, SuspendedDecodings
+from snapshotter.fetch.errors import FetchError
 from snapshotter.fetch.run import GUESS_MARGIN, Run
 from snapshotter.fetch.wants import LayerWants
 from tests.support.blobs import make_layer, sample_bytes
@@ -19,8 +21,6 @@ from tests.support.fetching import open_node
 from tests.support.sources import Fault
 
 if TYPE_CHECKING:
-    import pytest
-
     from snapshotter.fetch.layer import LazyLayer
     from snapshotter.fetch.source import Origin
     from tests.support.fetching import Node
@@ -229,3 +229,18 @@ async def test_nothing_is_kept_of_a_layer_that_is_complete_or_goes_away(node: No
     await node.quiet()
     other.close()
     assert kept._kept == []
+
+
+async def test_nor_of_one_that_goes_away_while_it_is_on_its_way(node: Node) -> None:
+    lazy, _ = node.mount(GZIP, Fault(good=400_000, hangs=True))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_must_fail, lazy)
+        await wait_all_tasks_blocked(cushion=0.05)
+        lazy.close()
+    await node.quiet()
+    assert node.scheduler._suspended._kept == []
+
+
+async def _must_fail(layer: LazyLayer) -> None:
+    with pytest.raises(FetchError):
+        await layer.read((STRADDLING - 1) * CHUNK_SIZE, 9)
