@@ -68,6 +68,7 @@ class Run:
     """Brings the chunks in `wants`. Only `advance` runs in another thread, one call at a time.
 
     `position` is the next byte of the blob to be received, `next_chunk` the next chunk to arrive.
+    It is `detached` when the image whose source it uses has gone away.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Run:
         self.wants: dict[int, Want] = {}
         self.urgencies = [0] * len(Priority)
         self.scope = trio.CancelScope()
+        self.detached = False
         self.decode_failures = 0
         self.nudged = False
         self.progressed_at = trio.current_time()

@@ -192,6 +192,7 @@ class Scheduler:
         self.wants.withdraw(origin, FetchError(f"{origin.table} was unmounted"))
         for run in self._runs:
             if run.origin is origin:
+                run.detached = True
                 run.scope.cancel()
         self._suspended.discard(origin.table)
         self._transfer.notice()
@@ -320,9 +321,9 @@ class Scheduler:
         finally:
             complete = stored.complete
             stored.close()
-            if complete or stored.unused:
+            if complete:
                 self._suspended.discard(run.origin.table)
-            else:
+            elif not run.detached:
                 self._suspended.keep(run.origin.table, run.decoding)
             run.layer.runs.remove(run)
             self._runs.remove(run)

@@ -233,11 +233,13 @@ async def test_nothing_is_kept_of_a_layer_that_is_complete_or_goes_away(node: No
 
 async def test_nor_of_one_that_goes_away_while_it_is_on_its_way(node: Node) -> None:
     lazy, _ = node.mount(GZIP, Fault(good=400_000, hangs=True))
+    lazy.stored.retain()  # the reader may not have noticed yet, and others may use the layer
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_must_fail, lazy)
         await wait_all_tasks_blocked(cushion=0.05)
         lazy.close()
     await node.quiet()
+    lazy.stored.close()
     assert node.scheduler._suspended._kept == []
 
 
