@@ -22,7 +22,7 @@ from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.lookup import Lookup
 from snapshotter.daemon.opener import Opener
 from snapshotter.daemon.room import Room
-from snapshotter.daemon.showing import Mode, Showing
+from snapshotter.daemon.showing import Mode, Showing, Shown
 from snapshotter.daemon.spool import Spool
 from snapshotter.daemon.startups import Expected, Startups
 from snapshotter.fetch.startup import StartupRecorder
@@ -32,7 +32,7 @@ from snapshotter.nursery import open_nursery
 from snapshotter.store.collection import InUse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from pathlib import Path
 
     from snapshotter.daemon.knowledge import Knowledge
@@ -85,7 +85,9 @@ class Images:
         self._knowledge = knowledge
         self._showing = Showing(places, views, records, write_tree=self._knowledge.tree_of)
         self._completion = Completion(self._knowledge, self._showing)
-        self._startups = Startups(places.root, scheduler, nursery, trusted=trusted)
+        self._startups = Startups(
+            places.root, scheduler, nursery, trusted=trusted, files_of=self._files_of
+        )
         self.claims: list[Callable[[], Iterable[str]]] = []
         """Those who tell which images are in use, open or not, by their manifests' digests."""
 
@@ -400,6 +402,9 @@ class Images:
         async with self._one_at_a_time(digest):
             if self.having(digest) is None:
                 await self._knowledge.trim(digest, depth, self._store)
+
+    async def _files_of(self, shown: Shown) -> Sequence[Path]:
+        return () if self._mode is Mode.FUSE else await self._showing.flat_files(shown)
 
     def _one_at_a_time(self, name: object) -> trio.Lock:
         lock = self._opening.get(name)

@@ -218,6 +218,19 @@ class Showing:
                     shown.why = str(error)
             return Mode.FUSE, await self._directory(shown, Mode.FUSE)
 
+    async def flat_files(self, shown: Shown) -> Sequence[Path]:
+        """What the kernel's EROFS reads the layers of an image from, while not all of it is here.
+
+        Nothing if this kernel cannot. Raises MountError, OSError or trio.TooSlowError if that
+        cannot be found out.
+        """
+        try:
+            await self._mounter(Mode.EROFS, len(shown.layers))
+        except _CannotError:
+            return ()
+        _, files = await self._files(shown, Mode.EROFS)
+        return files
+
     async def settle(self) -> None:
         """Let the kernel learn that we need not be told of files being closed (FLUSH).
 

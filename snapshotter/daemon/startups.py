@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import trio
 
 from index.errors import FirstByteError
 from index.profile import Profile
+from snapshotter.daemon.page_cache import read_ahead
 from snapshotter.fetch.pack import PackDelivery
 from snapshotter.fetch.source import ImagePackSource
 from snapshotter.images.discovery import Trust, find_pack
@@ -18,10 +20,12 @@ from snapshotter.registry.chain import chain_ids
 from snapshotter.store.profiles import ProfileStore
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Awaitable, Callable, Collection, Sequence
     from pathlib import Path
 
+    from index.pack import Place
     from snapshotter.daemon.open_image import OpenImage
+    from snapshotter.daemon.showing import Shown
     from snapshotter.fetch.scheduler import Scheduler
     from snapshotter.fetch.startup import StartupRecorder
     from snapshotter.images.discovery import FoundIndex
@@ -41,12 +45,15 @@ class Startups:
         nursery: trio.Nursery,
         *,
         trusted: Collection[Trust],
+        files_of: Callable[[Shown], Awaitable[Sequence[Path]]],
     ) -> None:
-        """Packs are `trusted` as indexes are. Work that goes on after an image is open runs in
-        `nursery`. Raises StoreError.
+        """Packs are `trusted` as indexes are. `files_of` tells which files an image's layers are in
+        to the kernel; none if it reads an image in other ways. Work that goes on after an image is
+        open runs in `nursery`. Raises StoreError.
         """
         self._profiles = ProfileStore(root)
         self._trusted = trusted
+        self._files_of = files_of
         self._scheduler = scheduler
         self._nursery = nursery
 
@@ -114,12 +121,27 @@ class Startups:
         if delivery is None:
             return
         name = image.view.reference
+        lots: trio.MemorySendChannel[Sequence[Place]]
+        lots, arrivals = trio.open_memory_channel(math.inf)  # of one pack, so not for ever
+        with arrivals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read_ahead, image, arrivals)
+                try:
+                    with lots:
+                        origins = [layer.origin for layer in image.layers]
+                        await delivery.deliver(image.found.index.digest, origins, lots.send_nowait)
+                    log.info("%s: its startup pack is here", name)
+                except FirstByteError as error:
+                    log.warning("%s starts without all of its startup pack: %s", name, error)
+
+    async def _read_ahead(
+        self, image: OpenImage, arrivals: trio.MemoryReceiveChannel[Sequence[Place]]
+    ) -> None:
         try:
-            origins = [layer.origin for layer in image.layers]
-            await delivery.deliver(image.found.index.digest, origins)
-            log.info("%s: its startup pack is here", name)
-        except FirstByteError as error:
-            log.warning("%s starts without all of its startup pack: %s", name, error)
+            if files := await self._files_of(image.shown):
+                await read_ahead(files, arrivals)
+        except (FirstByteError, OSError, trio.TooSlowError) as error:
+            log.warning("%s has nothing read ahead for it: %s", image.view.reference, error)
 
     async def _delivery(self, image: OpenImage) -> PackDelivery | None:
         """The startup pack of an image whose index was not found with one just now."""

@@ -27,7 +27,7 @@ from snapshotter.nursery import open_nursery
 from snapshotter.store.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from index.pack import Frame, PackTable, Place
     from snapshotter.fetch.scheduler import Scheduler
@@ -129,9 +129,14 @@ class PackDelivery:
     def progressed_at(self) -> float:
         return self._stream.progressed_at if self._stream is not None else -math.inf
 
-    async def deliver(self, index_digest: bytes, origins: Sequence[Origin]) -> None:
+    async def deliver(
+        self,
+        index_digest: bytes,
+        origins: Sequence[Origin],
+        arrived: Callable[[Sequence[Place]], None],
+    ) -> None:
         """Bring those chunks of the pack that are not here, in its order. `origins` are all layers
-        of the file index of that digest.
+        of the file index of that digest. What has `arrived`, verified, is told at once.
 
         Raises FirstByteError if the pack, or some of it, is of no use. Those chunks are wanted
         from then on as `Scheduler.replay` wants them.
@@ -149,7 +154,7 @@ class PackDelivery:
                 frames = self._promise(table, origins)
                 if frames:
                     nursery.start_soon(self._watch)
-                    await self._bring(nursery, frames, origins)
+                    await self._bring(nursery, frames, origins, arrived)
                 nursery.cancel_scope.cancel()
         finally:
             self.close()
@@ -223,7 +228,11 @@ class PackDelivery:
     # --- bringing ---
 
     async def _bring(
-        self, nursery: trio.Nursery, frames: Sequence[Frame], origins: Sequence[Origin]
+        self,
+        nursery: trio.Nursery,
+        frames: Sequence[Frame],
+        origins: Sequence[Origin],
+        arrived: Callable[[Sequence[Place]], None],
     ) -> None:
         """Bring frames in order; one that comes damaged is asked for once more.
 
@@ -235,7 +244,8 @@ class PackDelivery:
             last = at
             while last + 1 < len(frames) and frames[last + 1].start - frames[last].end <= SKIP:
                 last += 1
-            failed = await self._bring_together(nursery, frames[at : last + 1], origins)
+            together = frames[at : last + 1]
+            failed = await self._bring_together(nursery, together, origins, arrived)
             if failed is None:
                 at = last + 1
                 continue
@@ -253,7 +263,11 @@ class PackDelivery:
             raise IntegrityError(f"{lost} frames of {self._source} are damaged")
 
     async def _bring_together(
-        self, nursery: trio.Nursery, frames: Sequence[Frame], origins: Sequence[Origin]
+        self,
+        nursery: trio.Nursery,
+        frames: Sequence[Frame],
+        origins: Sequence[Origin],
+        arrived: Callable[[Sequence[Place]], None],
     ) -> int | None:
         """Bring frames that lie together. Returns the number of one that came damaged."""
         stream = self._stream
@@ -273,6 +287,7 @@ class PackDelivery:
                 self.stalled = False
                 batch = await trio.to_thread.run_sync(_advance, decoder, data, origins)
                 self._land(batch)
+                arrived([place for place, _ in batch.arrivals])
                 if batch.unsaved is not None:
                     raise batch.unsaved
                 if batch.failed is not None:

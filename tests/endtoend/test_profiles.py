@@ -13,6 +13,8 @@ import pytest
 from index.file import FileIndex
 from index.pack import PackDecoder, read_table
 from index.tables import CHUNK_SIZE
+from snapshotter.bench.coldstart.residency import resident
+from snapshotter.daemon.places import Places
 from tests.support.instance import firstbyte, instance, wait_until
 from tests.support.layouts import write_layout
 from tests.support.registry import skopeo_push
@@ -233,6 +235,30 @@ def test_the_next_node_starts_with_one_request_for_all_it_reads(
     assert fetched["startup"] == {"requests": 1, "bytes": built["pack_bytes"]}
     assert fetched["blocked"] == {"requests": 0, "bytes": 0}
     assert built["pack_chunks"] == chunks
+
+
+@pytest.mark.parametrize("mode", ["fuse", "auto"])
+def test_the_kernel_has_it_in_memory_before_a_container_reads_it(
+    here: Instance, elsewhere: Instance, image: str, mode: str
+) -> None:
+    """Where its EROFS asks for it. Elsewhere nobody would look there."""
+    start(here, image)
+    here.succeed("index", "build", image, "--profile-from-node", "--push")
+    touched = {touch["chunk"] * CHUNK_SIZE for touch in shown(here, image)["touches"]}
+    elsewhere.config.write_text(f'[mounts]\nmode = "{mode}"\n')
+    elsewhere.mode = mode
+    with elsewhere.mounted(image):
+        wait_until(lambda: "its startup pack is here" in elsewhere.log())
+        (raw,) = Places(elsewhere.root, elsewhere.state).mount.glob("*.raw")
+        if mode == "fuse":
+            assert resident(raw) == []
+        else:
+            wait_until(lambda: _chunks(resident(raw)) == touched)
+
+
+def _chunks(ranges: list[tuple[int, int]]) -> set[int]:
+    """Where the chunks start that lie in some ranges of bytes."""
+    return {position for begin, end in ranges for position in range(begin, end, CHUNK_SIZE)}
 
 
 def test_what_a_kill_interrupts_is_brought_by_the_next_daemon(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
@@ -77,9 +77,11 @@ class Image:
     sources: list[MemorySource]
     pack: PackInMemory
     delivery: PackDelivery
+    arrived: list[Place] = field(default_factory=list)
 
-    async def deliver(self) -> None:
-        await self.delivery.deliver(DIGEST, [layer.origin for layer in self.layers])
+    async def deliver(self, delivery: PackDelivery | None = None) -> None:
+        origins = [layer.origin for layer in self.layers]
+        await (delivery or self.delivery).deliver(DIGEST, origins, self.arrived.extend)
 
     async def read(self, place: Place) -> None:
         layer, chunk = place
@@ -120,6 +122,7 @@ async def test_all_of_it_comes_with_one_request(node: Node) -> None:
         await made.deliver()
         assert made.stored() == {*ORDER}
         assert made.pack.requests == [(0, len(PACK))]
+        assert made.arrived == ORDER
         for place in ORDER:
             await made.read(place)
         assert made.requests() == 0
@@ -297,9 +300,7 @@ async def test_only_frames_with_something_missing_are_asked_for(node: Node) -> N
         await made.deliver()
         for layer, chunk in (*FRAMES[0].places[:1], *FRAMES[-1].places[3:5]):
             made.layers[layer].stored.drop(chunk, "is dropped by a test")
-        await PackDelivery(made.pack, node.scheduler).deliver(
-            DIGEST, [layer.origin for layer in made.layers]
-        )
+        await made.deliver(PackDelivery(made.pack, node.scheduler))
         assert made.stored() == {*ORDER}
         assert made.pack.requests[1:] == [
             (0, packs.HEAD),
@@ -311,9 +312,7 @@ async def test_only_frames_with_something_missing_are_asked_for(node: Node) -> N
 async def test_nothing_is_asked_for_when_all_is_here(node: Node) -> None:
     async with image(node) as made:
         await made.deliver()
-        await PackDelivery(made.pack, node.scheduler).deliver(
-            DIGEST, [layer.origin for layer in made.layers]
-        )
+        await made.deliver(PackDelivery(made.pack, node.scheduler))
         assert made.pack.requests[1:] == [(0, packs.HEAD)]
 
 
