@@ -12,7 +12,7 @@ import trio
 from index.errors import about
 from snapshotter.daemon.errors import NoIndexError
 from snapshotter.daemon.protocol import Progress
-from snapshotter.images.discovery import FoundIndex, Trust, accept, ask, look_up
+from snapshotter.images.discovery import FoundIndex, OnPack, Trust, accept, ask, look_up
 from snapshotter.images.indexing import build_index
 from snapshotter.nursery import open_nursery
 from snapshotter.registry.image import configure, find_manifest
@@ -82,15 +82,14 @@ class Lookup:
         *,
         given: Path | None,
         may_build: bool,
-        on_pack: Callable[[Descriptor], None],
+        on_pack: OnPack,
         on_raw: Callable[[int], Callable[[bytes], None]],
         report: Callable[[Progress], None],
     ) -> tuple[ResolvedImage, FoundIndex]:
         """The image of a manifest with its index, which is on this node from then on.
 
-        `given` is a file with the index;
-        None takes the one that was used last, else looks for one in the registry and, if
-        `may_build`, builds one. `on_pack` is told of startup packs before the index is fetched;
+        `given` is a file with the index; None takes the one that was used last, else looks for one
+        in the registry and, if `may_build`, builds one. `on_pack` is told of startup packs;
         `on_raw` makes, for a layer, what takes its raw space while an index is built. Raises
         NoIndexError if there is none, other FirstByteErrors if the image cannot be read.
         """

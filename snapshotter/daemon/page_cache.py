@@ -3,13 +3,14 @@
 Under the kernel's EROFS a start reads many small pieces, and each that is not in the page cache
 of the layers' flat files is a request to this process that the start waits for. What a pack has
 brought will probably be read, so the kernel is told to read it ahead while the container is still
-being made: in requests of up to 1 MiB that nobody waits for. The kernel's own guesses no longer
+being made: in requests of a chunk each that nobody waits for. The kernel's own guesses no longer
 reach for what is next to it, either. See "Page cache" in docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import trio
@@ -17,7 +18,7 @@ import trio
 from index.tables import CHUNK_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Iterator, Sequence
+    from collections.abc import AsyncIterable, Sequence
     from pathlib import Path
 
     from index.pack import Place
@@ -35,21 +36,13 @@ async def read_ahead(files: Sequence[Path], arrivals: AsyncIterable[Sequence[Pla
 
 
 def _advise(files: Sequence[Path], places: Sequence[Place]) -> None:
-    for layer, first, count in _runs(places):
-        with files[layer].open("rb", buffering=0) as file:
-            offset, length = first * CHUNK_SIZE, count * CHUNK_SIZE
-            os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
-
-
-def _runs(places: Sequence[Place]) -> Iterator[tuple[int, int, int]]:
-    """(layer, first chunk, how many) of chunks that follow each other."""
-    layer, first, count = -1, 0, 0
-    for place in places:
-        if place == (layer, first + count):
-            count += 1
-            continue
-        if count:
-            yield layer, first, count
-        layer, first, count = *place, 1
-    if count:
-        yield layer, first, count
+    with ExitStack() as opened:
+        descriptors: dict[int, int] = {}
+        for layer, chunk in places:
+            if layer not in descriptors:
+                file = opened.enter_context(files[layer].open("rb", buffering=0))
+                descriptors[layer] = file.fileno()
+            # One by one: of a longer range the kernel reads no more than its read-ahead has.
+            os.posix_fadvise(
+                descriptors[layer], chunk * CHUNK_SIZE, CHUNK_SIZE, os.POSIX_FADV_WILLNEED
+            )

@@ -203,10 +203,12 @@ class Expected:
         self._source = source
         self._deliveries: dict[str, PackDelivery] = {}
 
-    def expect(self, pack: Descriptor) -> None:
-        """Ask for a pack; it may turn out to be of an index that is not used."""
+    def expect(self, pack: Descriptor) -> Callable[[], None]:
+        """Ask for a pack; it may turn out to be of an index that is not used. Call what is returned
+        when the index has come, which has the link first."""
         if pack.digest not in self._deliveries:
             self._deliveries[pack.digest] = self._startups.expect(self._source, pack)
+        return self._deliveries[pack.digest].release
 
     def claim(self, found: FoundIndex) -> PackDelivery | None:
         """The pack that goes with an index, if it is on its way."""

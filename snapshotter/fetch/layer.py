@@ -147,8 +147,9 @@ class LazyLayer:
         self._fetch_ahead(last, self._readers.advance(first, last))
 
     def _guess(self, chunk: int) -> None:
-        """A chunk is waited for. If that is in a start, fetch what it may read next."""
-        if self._recorder is None:
+        """A chunk is waited for. If that is in a start, fetch what it may read next; unless earlier
+        starts have told: what they have not read is the kernel's guess, next to what they have."""
+        if self._recorder is None or self.stored.start_chunks:
             return
         if self._recorder.stopped:
             self._neighbours.forget()

@@ -5,8 +5,9 @@ flight, so nobody else fetches them. A reader who is blocked on a chunk that the
 or on any while the pack does not get on, has it fetched from its layer, as if there were no pack.
 What the pack does not bring in the end is fetched like the chunks of earlier starts.
 
-A pack may be asked for before the file index is here: what comes meanwhile waits, in bounded
-memory, until there is something to verify it with.
+A pack may be asked for before the file index is here. The index has the link first: both at once
+would take it twice as long, and nothing can begin without it. What comes of the pack between that
+and the moment when there is something to verify it with waits, in bounded memory.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ them: 40 ms at 200 Mbit/s, a round trip or two."""
 
 HEAD = 256 << 10
 """Bytes that are asked for first when only some of a pack may be needed: they hold any table."""
+
+DETOUR = 4
+"""A blocked reader whose chunk is in the pack has it fetched from its layer only if that takes less
+than one in so many of the bytes that the pack has before it: they come on top, and the start needs
+those others, too. A guess."""
 
 STALLED = 2.0
 """Seconds without a byte after which nobody waits for a pack any more. A guess: longer than a slow
@@ -80,11 +86,11 @@ class Lane:
         pass  # a pack brings what it covers
 
     def ahead(self, chunk: int) -> float:
-        """Bytes until the pack has brought a chunk, less those it would take from its layer."""
+        """Bytes until the pack has brought a chunk, less DETOUR times those from its layer."""
         if self._delivery.stalled or chunk not in self.ends:
             return math.inf
         span = self.origin.table.span(chunk, chunk)
-        return self.ends[chunk] - self._delivery.received - (span.end - span.start)
+        return self.ends[chunk] - self._delivery.received - DETOUR * (span.end - span.start)
 
     def leave(self, chunk: int) -> list[Want]:
         """A chunk that is too far ahead. It comes all the same, but nobody waits for that."""
@@ -112,8 +118,16 @@ class PackDelivery:
         self._lanes: dict[int, Lane] = {}
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Ask for all of it. Who does not `deliver` it has to `close` it."""
-        self._open(nursery, 0, self._source.size)
+        """Ask for all of it, which comes after `release`, or when it is to be delivered.
+
+        Who does not `deliver` it has to `close` it.
+        """
+        self._open(nursery, 0, self._source.size, held=True)
+
+    def release(self) -> None:
+        """Let it have the link."""
+        if self._stream is not None:
+            self._stream.release()
 
     def close(self) -> None:
         """Ask for nothing more."""
@@ -149,6 +163,7 @@ class PackDelivery:
                     fresh = not any(origin.stored.present_bytes for origin in origins)
                     end = self._source.size if fresh else min(HEAD, self._source.size)
                     self._open(nursery, 0, end)
+                self.release()
                 table = await self._read_table()
                 table.check(index_digest, [origin.table for origin in origins])
                 frames = self._promise(table, origins)
@@ -306,9 +321,13 @@ class PackDelivery:
                 problem = batch.unsaved if number == last else None
                 self._scheduler.land(lane.layer, chunk, raw, problem)
 
-    def _open(self, nursery: trio.Nursery, start: int, end: int) -> BlobStream:
+    def _open(
+        self, nursery: trio.Nursery, start: int, end: int, *, held: bool = False
+    ) -> BlobStream:
         self.close()
-        self._stream = BlobStream(self._source, self._scheduler, start, end, trouble=self._stall)
+        self._stream = BlobStream(
+            self._source, self._scheduler, start, end, trouble=self._stall, held=held
+        )
         nursery.start_soon(self._stream.run)
         return self._stream
 

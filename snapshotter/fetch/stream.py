@@ -43,6 +43,9 @@ class BlobStream:
     `received` is the place of the next byte to come over the network, `position` that of the next
     byte to be taken. `silent_since` is when the network was last asked for more, and did not
     answer yet. `trouble` is called when a request has failed, and will be made again.
+
+    A stream that is `held` asks, but does not read on: until `release` the answer keeps no more of
+    the link than a connection's buffers take.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class BlobStream:
         end: int,
         *,
         trouble: Callable[[], None],
+        held: bool = False,
     ) -> None:
         self.position = self.received = start
         self.end = end
@@ -61,6 +65,9 @@ class BlobStream:
         self._source = source
         self._scheduler = scheduler
         self._trouble = trouble
+        self._released = trio.Event()
+        if not held:
+            self._released.set()
         self._error: FirstByteError | None = None
         self._rest = b""
         self._scope = trio.CancelScope()
@@ -78,6 +85,10 @@ class BlobStream:
                 log.exception("%s failed in an unforeseen way", self._source)
                 self._error = FetchError(f"{self._source} failed in an unforeseen way")
                 self._error.__cause__ = error
+
+    def release(self) -> None:
+        """Read on, if it was held."""
+        self._released.set()
 
     def close(self) -> None:
         """Receive no more."""
@@ -151,6 +162,9 @@ class BlobStream:
             self._expect_byte(patience)
             async with self._source.open_range(self.received, self.end) as body:
                 exchange.answered(trio.current_time())
+                patience.deadline = self.silent_since = math.inf
+                await self._released.wait()
+                self._expect_byte(patience)
                 async for piece in body:
                     self.received += len(piece)
                     exchange.received(trio.current_time(), len(piece))

@@ -45,9 +45,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The largest request that libfuse takes is 1 MiB, and read-ahead decides the size of requests:
-# 1 GiB read in order costs this process 0.33 s at 128 KiB (the default), 0.22 s at 1 MiB.
-_READ_AHEAD_KIB = 1024
+# Read-ahead decides the size of requests: 1 GiB read in order costs this process 0.33 s at 128 KiB
+# (the default), 0.22 s at 1 MiB. But it does not end where a file does: at 1 MiB starts waited for
+# what lies behind what they read, and nobody needs. See "Page cache" in docs/benchmarks.md.
+_READ_AHEAD_KIB = 256
 
 # The kernel lets 12 read-ahead requests be in flight in the whole mount. Twelve that wait for the
 # network would hold back every other container's reads, of local data too. 256 keeps at most

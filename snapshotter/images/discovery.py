@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import trio
 
@@ -57,18 +57,26 @@ class FoundIndex:
     unpacked: bool = False
 
 
+OnPack: TypeAlias = "Callable[[Descriptor], Callable[[], None]]"
+"""Is told of a pack before the index is fetched, so that both can be asked for at the same time.
+What it returns is called when the index has come: it has the link first."""
+
+
+def _nothing() -> None:
+    pass
+
+
 async def find_index(
     source: ImageSource,
     image: ResolvedImage,
     trusted: Collection[Trust] = (Trust.ANNOTATION, Trust.REFERRER),
     *,
-    on_pack: Callable[[Descriptor], None] = lambda _: None,
+    on_pack: OnPack = lambda _: _nothing,
 ) -> FoundIndex | None:
     """The index that the image pins, else the first good one among its referrers, else None.
 
     What is not `trusted` is not even asked for. Of several referrers, those with the newest startup
-    pack come first; `on_pack` is told of it before the index is fetched, so that both can come at
-    the same time.
+    pack come first.
     A candidate that is damaged, malformed or of other layers is logged and passed over, as is a
     registry that cannot be asked: an image without an index is slower, not broken.
     """
@@ -95,7 +103,7 @@ async def look_up(
     trusted: Collection[Trust],
     *,
     asked: Sequence[Descriptor] | None = None,
-    on_pack: Callable[[Descriptor], None] = lambda _: None,
+    on_pack: OnPack = lambda _: _nothing,
 ) -> tuple[ResolvedImage, FoundIndex | None]:
     """The configuration of an image and, at the same time, its index as `find_index` has it: one
     round trip if the image pins it, two if it is among the referrers, unless `ask` was `asked`.
@@ -187,7 +195,7 @@ class _Search:
         source: ImageSource,
         manifest: Manifest,
         resolved: Callable[[], Awaitable[ResolvedImage]],
-        on_pack: Callable[[Descriptor], None],
+        on_pack: OnPack,
         asked: Sequence[Descriptor] | None = None,
     ) -> None:
         self._source = source
@@ -227,14 +235,14 @@ class _Search:
         except FirstByteError as error:
             log.warning("file index %s of %s: %s", artifact.digest, self._source.name, error)
             return None
-        if pack is not None:
-            self._on_pack(pack)
-        index = await self._try(blob)
+        come = _nothing if pack is None else self._on_pack(pack)
+        index = await self._try(blob, come)
         return None if index is None else FoundIndex(index, Trust.REFERRER, pack)
 
-    async def _try(self, blob: Descriptor) -> FileIndex | None:
+    async def _try(self, blob: Descriptor, come: Callable[[], None] = _nothing) -> FileIndex | None:
         try:
             data = await self._source.fetch_blob(blob, max_size=MAX_INDEX)
+            come()
             return await trio.to_thread.run_sync(accept, data, await self._resolved())
         except FirstByteError as error:
             log.warning(

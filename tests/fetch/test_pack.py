@@ -136,7 +136,10 @@ async def test_it_may_be_asked_for_before_the_index_is_here(node: Node) -> None:
         made.delivery.start(nursery)
         await wait_all_tasks_blocked(cushion=0.05)
         assert made.pack.requests == [(0, len(PACK))]
-        assert made.pack.served <= (stream.WAITING + 2) * made.pack.piece  # bounded memory
+        assert made.pack.served == 0  # the index has the link
+        made.delivery.release()
+        await wait_all_tasks_blocked(cushion=0.05)
+        assert 0 < made.pack.served <= (stream.WAITING + 2) * made.pack.piece  # bounded memory
         await made.deliver()
         assert made.stored() == {*ORDER}
         assert len(made.pack.requests) == 1

@@ -411,7 +411,7 @@ async def test_a_start_gets_what_is_near_with_what_it_waits_for(node: Node, know
     lazy, source = node.mount(PLAIN)
     recorder = lazy._recorder = StartupRecorder()
     if known:
-        lazy.stored.start_chunks.add(2)
+        lazy.stored.start_chunks.add(17)  # this one is just what the kernel has guessed
     assert await lazy.read(2 * CHUNK_SIZE, 9) == RAW[2 * CHUNK_SIZE :][:9]
     await node.quiet()
     last = 2 if known else 2 + NEIGHBOURS

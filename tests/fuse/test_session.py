@@ -97,12 +97,12 @@ def test_the_mount_is_ours_read_only_and_private_and_allows_programs_and_devices
         assert entry.optional == ()
 
 
-def test_read_ahead_is_a_whole_request(fs: Path) -> None:
+def test_read_ahead_is_a_chunk(fs: Path) -> None:
     with served(fs):
         entry = mount_at(fs)
         assert entry is not None
         device = "{}:{}".format(*entry.device)
-        assert Path(f"/sys/class/bdi/{device}/read_ahead_kb").read_text().strip() == "1024"
+        assert Path(f"/sys/class/bdi/{device}/read_ahead_kb").read_text().strip() == "256"
 
 
 def test_the_kernel_may_have_more_read_ahead_in_flight(fs: Path, tmp_path: Path) -> None:
@@ -119,13 +119,13 @@ def test_the_kernel_may_have_more_read_ahead_in_flight(fs: Path, tmp_path: Path)
         assert limit.strip() == "256"
 
 
-def test_a_read_in_order_arrives_in_whole_requests(fs: Path) -> None:
-    """libfuse takes 1 MiB at once, and the kernel has been told so."""
+def test_a_read_in_order_arrives_in_requests_of_a_chunk(fs: Path) -> None:
+    """And not in pages."""
     files, raw = packed({b"f": bytes(8 << 20)})
     layer = WatchedLayer(raw)
     with served(fs, view_of(directory(files), [layer])):
         assert (fs / "image" / "f").read_bytes() == raw
-    assert max(length for _, length in layer.fetches) == 1 << 20
+    assert max(length for _, length in layer.fetches) == 256 << 10
 
 
 def test_nothing_is_left_after_a_session(fs: Path) -> None:

@@ -30,7 +30,7 @@ CONVERTED = "converted"
 """The variant whose layers FirstByte has recompressed."""
 
 PROFILED = "profile"
-"""The variant whose file index comes with a startup pack, of a start that was recorded."""
+"""The variant whose file index comes with a startup pack, of starts that were recorded."""
 
 
 class Publisher:
@@ -45,8 +45,8 @@ class Publisher:
         say: Callable[[str], None],
         kept: Path | None = None,
     ) -> None:
-        """`record` writes the startup profile of an image in a repository into a file. What is in
-        the registry is noted in the directory `kept`, if that is kept, too."""
+        """`record` starts an image in a repository and writes its startup profile into a file. What
+        is in the registry is noted in the directory `kept`, if that is kept, too."""
         self._workspace = workspace
         self._registry = registry
         self._builder = builder
@@ -79,7 +79,7 @@ class Publisher:
             self._say(f"{image.name}: converting")
             convert(self._workspace, self._direct(original), self._direct(name))
             return
-        self._say(f"{image.name}: recording a start")
+        self._say(f"{image.name}: recording starts")
         profile = self._workspace.path / f"{name}.profile"
         self._record(image, original, profile)
         self._copy(image, name, profile)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from itertools import count
 from typing import TYPE_CHECKING
 
+from index import profile as profiles
 from snapshotter.bench.coldstart import podman_nodes
 from snapshotter.bench.coldstart.containerd_nodes import Foreign, Lazy, Unpacking
 from snapshotter.bench.coldstart.measure import Place, Start, measure
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from index.profile import Profile
     from snapshotter.bench.coldstart.catalogue import Image
     from snapshotter.bench.coldstart.modes import Mode
     from snapshotter.bench.coldstart.nodes import Node
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from snapshotter.demo.workspace import Workspace
 
 _LOCAL_POLL_SECONDS = 0.1
+
+_RECORDED = 2
+"""Starts that a profile is made of: how far the kernel reads ahead differs from one to the next."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +115,21 @@ def _make_node(workspace: Workspace, name: str, mode: Mode) -> Node:
 def _record(
     workspace: Workspace, place: Place, image: Image, repository: str, target: Path
 ) -> None:
-    node = Lazy(workspace, f"record-{image.name}")
+    """Write the profile of some starts, each on a node of its own."""
+    runs = [_recorded(workspace, place, image, repository, run) for run in range(_RECORDED)]
+    target.write_bytes(profiles.encode(reduce(profiles.merge, runs)))
+
+
+def _recorded(
+    workspace: Workspace, place: Place, image: Image, repository: str, run: int
+) -> Profile:
+    name = f"record-{image.name}-{run}"
+    node = Lazy(workspace, name)
     try:
         start = Start(image, UNMODIFIED.name, repository, pulled=False, wait_local=False)
         measure(place, node, start)
-        node.export_profile(f"{place.registry.host}/{repository}:latest", target)
+        exported = workspace.path / f"{name}.profile"
+        node.export_profile(f"{place.registry.host}/{repository}:latest", exported)
     finally:
         node.close()
+    return profiles.decode(exported.read_bytes())
