@@ -250,7 +250,8 @@ class PackDecoder:
             raise FormatError("the startup pack has chunks past the end of their layers")
         self._position = frames[0].start
         self._decoder: Decoder | None = None
-        self._raw = bytearray()
+        self._parts: list[memoryview] = []  # of the next chunk
+        self._size = 0  # bytes in them
         self._arrived = 0  # chunks of the frame
         self.frame = 0
 
@@ -278,21 +279,28 @@ class PackDecoder:
         if self._decoder is None:
             self._decoder = decoder(Codec.ZSTD, bit_offset=0, window=None, limit=sum(lengths))
         try:
-            self._raw += self._decoder.feed(data)
+            raw = memoryview(self._decoder.feed(data))
         except (CodecError, UnsupportedError) as error:
             raise FrameError(self.frame, CodecError(error.message)) from error
-        while self._arrived < len(lengths) and len(self._raw) >= lengths[self._arrived]:
-            length = lengths[self._arrived]
-            chunk = bytes(memoryview(self._raw)[:length])
-            del self._raw[:length]
+        while self._arrived < len(lengths):
+            needed = lengths[self._arrived] - self._size
+            if len(raw) < needed:
+                break
+            chunk = b"".join((*self._parts, raw[:needed]))
+            self._parts.clear()
+            self._size = 0
+            raw = raw[needed:]
             self._arrived += 1
             yield frame.places[self._arrived - 1], chunk
+        self._parts.append(raw)
+        self._size += len(raw)
 
     def _end(self, frame: Frame) -> None:
         if self._arrived < len(frame.places):
             raise FrameError(self.frame, CodecError("it holds less than its chunks"))
         self._decoder = None
-        self._raw.clear()
+        self._parts.clear()
+        self._size = 0
         self._arrived = 0
         self.frame += 1
 

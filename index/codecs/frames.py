@@ -85,14 +85,14 @@ class FrameStream(ABC):
             block = self._block(buffer, at)
             whole = block is not None and at + block.size <= len(buffer)
             if not whole or (block and bound and bound + block.bound > PIECE_SIZE):
-                yield from self._decode(buffer[start:at])
+                yield from self._decode(buffer, start, at)
                 start, bound = at, 0
             if block is None or not whole:
                 break
             at += block.size
             bound += block.bound
             if block.last:
-                yield from self._decode(buffer[start:at])
+                yield from self._decode(buffer, start, at)
                 start, bound = at, 0
                 if not self._at_end():
                     raise CodecError(f"malformed {self.name} data: a frame does not end")
@@ -106,9 +106,11 @@ class FrameStream(ABC):
             size = self._offset + len(self._buffer)
             raise CodecError(f"{self.name} data is truncated after {size} bytes")
 
-    def _decode(self, data: bytearray) -> Iterator[tuple[int, bytes]]:
-        if data:
-            for raw in self._decompress(bytes(data)):
+    def _decode(self, buffer: bytearray, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+        if start < end:
+            with memoryview(buffer) as view:
+                data = bytes(view[start:end])
+            for raw in self._decompress(data):
                 yield self._frame, raw
 
     def _between_frames(self, at: int) -> int:

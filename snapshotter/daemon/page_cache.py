@@ -10,8 +10,8 @@ reach for what is next to it, either. See "Page cache" in docs/benchmarks.md.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, BinaryIO
 
 import trio
 
@@ -30,19 +30,22 @@ async def read_ahead(files: Sequence[Path], arrivals: AsyncIterable[Sequence[Pla
     `files` are the flat files of an image's layers, in the FUSE mount, which must be served.
     Raises OSError.
     """
-    async for places in arrivals:
-        # It waits for this process to answer the kernel, which it may not do any more.
-        await trio.to_thread.run_sync(_advise, files, places, abandon_on_cancel=True)
+    opened: dict[int, BinaryIO] = {}
+    try:
+        async for places in arrivals:
+            advise = partial(_advise, files, opened, places)
+            # It waits for this process to answer the kernel, which it may not do any more.
+            await trio.to_thread.run_sync(advise, abandon_on_cancel=True)
+    finally:
+        for file in list(opened.values()):
+            file.close()
 
 
-def _advise(files: Sequence[Path], places: Sequence[Place]) -> None:
-    with ExitStack() as opened:
-        descriptors: dict[int, int] = {}
-        for layer, chunk in places:
-            if layer not in descriptors:
-                file = opened.enter_context(files[layer].open("rb", buffering=0))
-                descriptors[layer] = file.fileno()
-            # One by one: of a longer range the kernel reads no more than its read-ahead has.
-            os.posix_fadvise(
-                descriptors[layer], chunk * CHUNK_SIZE, CHUNK_SIZE, os.POSIX_FADV_WILLNEED
-            )
+def _advise(files: Sequence[Path], opened: dict[int, BinaryIO], places: Sequence[Place]) -> None:
+    for layer, chunk in places:
+        if layer not in opened:
+            opened[layer] = files[layer].open("rb", buffering=0)
+        # One by one: of a longer range the kernel reads no more than its read-ahead has.
+        os.posix_fadvise(
+            opened[layer].fileno(), chunk * CHUNK_SIZE, CHUNK_SIZE, os.POSIX_FADV_WILLNEED
+        )
