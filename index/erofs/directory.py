@@ -67,30 +67,34 @@ class Names:
         return b"".join(blocks)
 
 
-def _entry_count(block: bytes) -> int:
-    """The number of entries of a block, at least 1; all of them lie in the block."""
+def names_start(block: bytes) -> int:
+    """Where a block's names start, after its entries; both are there."""
     if len(block) > DIRENT.size:
         offset: int = _FIRST_OFFSET.unpack_from(block)[0]
         if offset and offset % DIRENT.size == 0 and offset < len(block):
-            return offset // DIRENT.size
+            return offset
     raise FormatError("a directory block has no entries, or they run past its end")
 
 
-class Block(NamedTuple):
-    """The entries of a directory block, in order."""
+def _entry_count(block: bytes) -> int:
+    return names_start(block) // DIRENT.size
+
+
+class Entries(NamedTuple):
+    """Directory entries in order, as columns."""
 
     names: list[bytes]
     nids: list[int]
-    dtypes: list[int]
+    dtypes: bytes
 
 
-def unpack(block: bytes) -> Block:
+def unpack(block: bytes) -> Entries:
     """Read a directory block, or the part of the last one that is in use.
 
-    Raises FormatError for names that are empty, out of place, or have a slash or a NUL in them.
+    Raises FormatError for names that are empty, too long, out of place, or have a slash or a NUL in
+    them.
     """
-    count = _entry_count(block)
-    start = count * DIRENT.size
+    start = names_start(block)
     end = len(block.rstrip(b"\0"))
     nids, offsets, dtypes = zip(*DIRENT.iter_unpack(block[:start]), strict=True)
     names = [
@@ -101,7 +105,9 @@ def unpack(block: bytes) -> Block:
         raise FormatError("a directory block has a name that is empty, out of place or has a slash")
     if block.find(b"\0", start, end) >= 0:
         raise FormatError("a directory block has a name with a NUL")
-    return Block(names, list(nids), list(dtypes))
+    if end - start > NAME_MAX and max(map(len, names)) > NAME_MAX:
+        raise FormatError(f"a directory block has a name of more than {NAME_MAX} bytes")
+    return Entries(names, list(nids), bytes(dtypes))
 
 
 def first_name(block: bytes) -> bytes:
