@@ -91,7 +91,7 @@ class FileIndex:
     @classmethod
     def load(cls, data: bytes | memoryview) -> FileIndex:
         """Take in an index of either form, verifying all of it, the windows too."""
-        return cls(fbx.write_expanded(fbx.expand(fbx.read(data))))
+        return cls(fbx.write_expanded(fbx.expand(fbx.read(data))), checked=True)
 
     def trim(self) -> None:
         """Give the memory back that reading a mapped index has taken, until it is read again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import struct
 
@@ -95,8 +96,26 @@ def test_each_window_can_be_read_by_itself() -> None:
 def test_windows_shorter_than_32_kib_are_padded_in_front() -> None:
     table, windows = layer(1, windows=1)
     stored = fbx.lay_out(b"", [table], [[b"end"]])[Section.WINDOWS]
-    assert list(fbx.unpack_windows(stored)) == [b"end".rjust(fbx.WINDOW_SIZE, b"\0")]
+    (frame,) = fbx.window_frames(stored)
+    assert fbx.decompress(frame, fbx.WINDOW_SIZE) == b"end".rjust(fbx.WINDOW_SIZE, b"\0")
     assert len(windows) == 1
+
+
+def test_all_windows_are_verified_however_many_pieces_they_fill() -> None:
+    table, windows = layer(1, windows=200)
+    built = fbx.lay_out(b"tree", [table], [windows])
+    raw = b"".join(windows)
+    assert len(raw) > fbx.DIGEST_PIECE
+    assert built[Section.WINDOWS].digest == fbx.section_digest(raw)
+    fbx.expand(built)
+    frames = [bytes(frame) for frame in fbx.window_frames(built[Section.WINDOWS])]
+    for number in (0, 127, 128, 199):
+        other = frames.copy()
+        other[number] = frames[number - 1]
+        lengths = b"".join(fbx.WINDOW_LENGTH.pack(len(frame)) for frame in other)
+        stored = dataclasses.replace(built[Section.WINDOWS], data=lengths + b"".join(other))
+        with pytest.raises(IntegrityError, match="WINDOWS"):
+            fbx.expand(built | {Section.WINDOWS: stored})
 
 
 def test_optional_sections_of_later_versions_are_passed_over() -> None:
