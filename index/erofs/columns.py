@@ -23,6 +23,7 @@ from index.erofs.layout import (
     WHOLE_FILE_CHUNKS,
     WHOLE_FILE_MAX,
 )
+from index.errors import FormatError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,13 +109,13 @@ def unpack(blocks: Sequence[bytes]) -> tuple[Entries, list[int]]:
     # A block's first name starts where the names of the blocks before it end, because its offset
     # says where its entries end. So if no name is empty, each lies in its own block.
     try:
-        lengths = bytes(map(sub, islice(starts, 1, None), starts))  # of 0 to NAME_MAX, or it raises
+        lengths = bytes(map(sub, islice(starts, 1, None), starts))  # raises unless 0 to NAME_MAX
     except ValueError:
         lengths = b"\0"
     if 0 in lengths or b"/" in text or b"\0" in text:
         for block in blocks:
             directory.unpack(block)  # says what is wrong
-        raise AssertionError("a block is refused among others and not by itself")
+        raise FormatError("a directory block has a name that is out of place")
     words = view.cast("I")
     nids = words[0 :: DIRENT.size // 4].tolist()
     high = words[1 :: DIRENT.size // 4].tolist()
