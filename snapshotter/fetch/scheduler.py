@@ -128,22 +128,23 @@ class Scheduler:
     def hold_fill(self) -> None:
         """A pull goes on, whose next step is near: nothing is done in the background for a moment,
         or until `release_fill`."""
-        self._transfer.hold_fill()
+        self._transfer.hold.pull()
 
     def release_fill(self) -> None:
         """The pull is over, and no start will follow."""
         self.expect_reads()
-        self._transfer.release_fill()
+        self._transfer.hold.release()
+        self._transfer.notice()
 
     def expect_start(self) -> None:
         """The pull is over, and a start is about to begin. Fill would only take the processors from
         it, and the link from what it waits for: it waits until the start has settled."""
         self.expect_reads()
-        self._transfer.expect_start()
+        self._transfer.hold.expect_start()
 
     def note_touch(self) -> None:
         """A start goes on: chunks were read for the first time."""
-        self._transfer.note_touch()
+        self._transfer.hold.note_touch()
 
     async def give_way(self) -> None:
         """Pause background work, briefly, while somebody is blocked."""

@@ -11,6 +11,7 @@ import trio
 
 from index.errors import FirstByteError, FormatError
 from snapshotter.fetch.errors import FetchError
+from snapshotter.fetch.hold import Hold
 from snapshotter.fetch.pacing import ALONE, BLOCKED, EXPECTING, FIRST_FAN, Mood, Pacing
 from snapshotter.fetch.trace import traced
 from snapshotter.fetch.wants import Priority
@@ -47,23 +48,6 @@ reads, computes, and reads again: what fill has asked for meanwhile lies in the 
 read. With four requests of 2 MiB at 200 Mbit/s each read waited 0.3 s for them. A guess at the
 pauses of a start; what fill loses meanwhile is little (`pacing.EXPECTING`)."""
 
-HELD_BACK = 2.0
-"""Seconds for which fill waits for the next step of a pull: containerd takes 3 to 7 ms a layer.
-A guess at the longest pause, after which the pull counts as given up."""
-
-BEFORE_START = 1.0
-"""Seconds from the end of a pull to the first read of its container for which fill waits: to make a
-container takes runtimes 0.2 s of both of two cores, and twice that beside a download; redis without
-a profile was ready after 1.1 s instead of 1.7 (1 Gbit/s, 0.5 ms) and 2.8 instead of 3.0 (100
-Mbit/s, 50 ms). A guess at how long a kubelet takes."""
-
-SETTLED = 0.5
-"""Seconds without a first touch after which the next one of a start is not waited for any more. A
-guess at the pauses of a start whose bytes are on their way."""
-
-LONGEST_START = 10.0
-"""Seconds after which fill goes on in any case, however much is still read for the first time."""
-
 FOR_READERS = RetryPolicy(attempts=1 << 30, base=0.2)
 """While somebody is blocked the reader's own deadline decides when to give up."""
 
@@ -94,35 +78,13 @@ class Transfer:
         self._fill_decoders = trio.CapacityLimiter(decoders)
         self._paused = trio.lowlevel.ParkingLot()
         self._quiet_at = -math.inf
-        self._held_until = -math.inf
-        self._start_ends = -math.inf  # at the latest
+        self.hold = Hold()
         self._pacings: dict[str, Pacing] = {}
         self._rng = random.Random()  # noqa: S311  (spreads load, guards nothing)
 
     def expect_reads(self) -> None:
         """Somebody is blocked, or is about to read: fill keeps the queue short for a while."""
         self._quiet_at = trio.current_time() + QUIET
-
-    def hold_fill(self) -> None:
-        """A pull goes on, whose next step is near: fill waits for that, and needs no processor."""
-        self._held_until = trio.current_time() + HELD_BACK
-
-    def release_fill(self) -> None:
-        """The pull is over, and no start will follow."""
-        self._held_until = self._start_ends = -math.inf
-        self.notice()
-
-    def expect_start(self) -> None:
-        """A container is about to start: fill waits until it has come to rest."""
-        now = trio.current_time()
-        self._held_until = now + BEFORE_START
-        self._start_ends = now + LONGEST_START
-
-    def note_touch(self) -> None:
-        """A start goes on: something was read that nobody had read before."""
-        now = trio.current_time()
-        if now < self._start_ends:
-            self._held_until = max(self._held_until, min(now + SETTLED, self._start_ends))
 
     @property
     def fan(self) -> int:
@@ -215,18 +177,14 @@ class Transfer:
         Bounded, so that it gets on although somebody is blocked all the time.
         """
         with trio.move_on_after(self._give_way_bound):
-            while self._wants.count(Priority.BLOCKED) or self._held:
+            while self._wants.count(Priority.BLOCKED) or self.hold.holds():
                 await self._wait_for_change()
-
-    @property
-    def _held(self) -> bool:
-        return trio.current_time() < self._held_until
 
     async def _wait_for_change(self) -> None:
         """Until `notice` or `nudge`, or until the mood changes by itself."""
         now = trio.current_time()
         moments = [pacing.rests_until for pacing in self._pacings.values()]
-        moments += [self._held_until, self._quiet_at]
+        moments += [self.hold.until, self._quiet_at]
         with trio.move_on_at(min((one for one in moments if one > now), default=math.inf)):
             await self._paused.park()
 
@@ -237,7 +195,7 @@ class Transfer:
         while run.priority is Priority.FILL:
             now, mood = trio.current_time(), self._mood
             overdue = mood is BLOCKED and now >= max(deadline, pacing.rests_until)
-            if not self._held and (overdue or pacing.may_begin(mood, now)):
+            if not self.hold.holds() and (overdue or pacing.may_begin(mood, now)):
                 return
             with trio.move_on_at(deadline if mood is BLOCKED and now < deadline else math.inf):
                 await self._wait_for_change()

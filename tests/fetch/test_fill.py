@@ -10,7 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from index.tables import CHUNK_SIZE, Codec
 from snapshotter.fetch import fill as fill_module
-from snapshotter.fetch import transfer
+from snapshotter.fetch import hold, transfer
 from snapshotter.fetch.fill import HELD_BACK, ImageFill
 from snapshotter.fetch.layer import LazyLayer
 from snapshotter.fetch.pacing import FIRST_WINDOW
@@ -104,7 +104,7 @@ async def test_fill_waits_for_a_pull_that_goes_on(node: Node) -> None:
 async def test_a_pull_that_does_not_end_is_forgotten(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "HELD_BACK", 0.01)
+    monkeypatch.setattr(hold, "HELD_BACK", 0.01)
     lazy, _ = node.mount(LAYERS[0])
     fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
     node.scheduler.hold_fill()
@@ -115,7 +115,7 @@ async def test_a_pull_that_does_not_end_is_forgotten(
 async def test_fill_waits_for_a_start_that_is_helped(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "BEFORE_START", 60)
+    monkeypatch.setattr(hold, "BEFORE_START", 60)
     lazy, source = node.mount(LAYERS[0])
     fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
     async with trio.open_nursery() as nursery:
@@ -134,9 +134,9 @@ async def test_fill_waits_for_a_start_that_is_helped(
 async def test_a_start_that_goes_on_is_waited_for_but_not_for_ever(
     node: Node, monkeypatch: pytest.MonkeyPatch, bound: str | None
 ) -> None:
-    monkeypatch.setattr(transfer, "BEFORE_START", 0)
-    monkeypatch.setattr(transfer, "SETTLED", 0.01 if bound == "SETTLED" else 60)
-    monkeypatch.setattr(transfer, "LONGEST_START", 0.01 if bound == "LONGEST_START" else 60)
+    monkeypatch.setattr(hold, "BEFORE_START", 0)
+    monkeypatch.setattr(hold, "SETTLED", 0.01 if bound == "SETTLED" else 60)
+    monkeypatch.setattr(hold, "LONGEST_START", 0.01 if bound == "LONGEST_START" else 60)
     source, stored = MemorySource(LAYERS[0]), node.store.open(LAYERS[0].table)
     recorder = StartupRecorder()
     lazy = LazyLayer(LAYERS[0].table, stored, source, node.scheduler, recorder=recorder)
