@@ -52,7 +52,7 @@ _READ_AHEAD_KIB = 256
 
 # The kernel lets 12 read-ahead requests be in flight in the whole mount. Twelve that wait for the
 # network would hold back every other container's reads, of local data too. 256 keeps at most
-# 256 MiB of page cache waiting.
+# 64 MiB of page cache waiting.
 _MAX_BACKGROUND = 256
 
 _READY_SECONDS = 10.0
