@@ -137,10 +137,19 @@ class Run:
 
     def covers(self, chunk: int) -> bool:
         """Whether it will pass all of a chunk, or can go on to it sooner than a run of its own
-        would come to it."""
+        would come to it. Not if it fetched again what a suspended decoding has received."""
         if chunk < self.next_chunk:
             return False
-        return chunk <= self.last_chunk or (not self.decoding.broken and self.ahead(chunk) <= 0)
+        if self.decoding.broken:
+            return chunk <= self.last_chunk
+        table = self.origin.table
+        start, _ = self._suspended.nearest(table, chunk)
+        if start <= self.position:
+            return True
+        resumed = start > table.span(chunk, chunk).start
+        if resumed and (not self.wants or start > expected_end(table, max(self.wants))):
+            return False
+        return chunk <= self.last_chunk
 
     def ahead(self, chunk: int) -> int:
         """Compressed bytes between what has been received and the best point to start for a chunk.
@@ -155,6 +164,13 @@ class Run:
         _, first = self._suspended.nearest(self.origin.table, chunk)
         self.stop_before(first)
         return [want for number, want in self.wants.items() if number >= first]
+
+    def leave_to(self, other: Run) -> list[Want]:
+        """All that another run of the same layer, which has come farther, will pass."""
+        if other.position <= self.position:
+            return []
+        self.stop_before(other.next_chunk)
+        return [want for number, want in self.wants.items() if number >= other.next_chunk]
 
     def stop_before(self, chunk: int) -> None:
         """Leave this chunk and all after it to others."""

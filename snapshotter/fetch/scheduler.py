@@ -259,15 +259,19 @@ class Scheduler:
             else:
                 self._transfer.nudge(run)
             return
-        for run in want.layer.runs:
-            if run.scope.cancel_called or not run.covers(want.chunk):
-                continue
-            if not blocked or run.ahead(want.chunk) <= self._transfer.near(run):
-                run.reach(want.chunk)
-                self.wants.take(want, run)
-                if blocked:
-                    self._transfer.nudge(run)
-                return
+        able = [
+            run
+            for run in want.layer.runs
+            if not run.scope.cancel_called
+            and run.covers(want.chunk)
+            and (not blocked or run.ahead(want.chunk) <= self._transfer.near(run))
+        ]
+        if able:
+            run = min(able, key=lambda run: run.ahead(want.chunk))
+            run.reach(want.chunk)
+            self.wants.take(want, run)
+            if blocked:
+                self._transfer.nudge(run)
 
     def _wake(self) -> None:
         """See to it that somebody looks at the queues."""
@@ -316,6 +320,7 @@ class Scheduler:
         stored = run.origin.stored
         stored.retain()
         run.layer.runs.append(run)
+        self._take_over(run)
         try:
             with run.scope:
                 await self._transfer.carry_out(run)
@@ -332,6 +337,17 @@ class Scheduler:
                 self.wants.give_back(want)
             self.wants.discard_idle(run.layer)
             self._transfer.notice()
+
+    def _take_over(self, run: Run) -> None:
+        """What others that are behind a new run were to bring from where it begins would be fetched
+        twice."""
+        left = [
+            want for other in self._runs if other.layer is run.layer for want in other.leave_to(run)
+        ]
+        for want in left:
+            self.wants.give_back(want)
+            self._place(want)
+        self._wake()
 
     def close(self) -> None:
         """Tell everybody who waits that nothing will come any more."""

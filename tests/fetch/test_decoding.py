@@ -15,7 +15,7 @@ from index.tables import CHUNK_SIZE, Codec
 from snapshotter.fetch.decoding import MOST_SUSPENDED, Decoding, SuspendedDecodings
 from snapshotter.fetch.errors import FetchError
 from snapshotter.fetch.run import GUESS_MARGIN, Run
-from snapshotter.fetch.wants import LayerWants
+from snapshotter.fetch.wants import LayerWants, Priority
 from tests.support.blobs import make_layer, sample_bytes
 from tests.support.fetching import open_node
 from tests.support.sources import Fault
@@ -135,6 +135,51 @@ async def test_a_run_does_not_turn_back(node: Node) -> None:
     assert run.next_chunk > 1
     covered = [chunk for chunk in range(21) if run.covers(chunk)]
     assert covered == list(range(run.next_chunk, STRADDLING + 1))
+
+
+def in_flight(node: Node, lazy: LazyLayer) -> list[set[int]]:
+    """Which chunks each run brings, oldest run first."""
+    return [set(run.wants) for run in node.scheduler.wants.layer(lazy.origin).runs]
+
+
+async def test_a_new_run_takes_over_what_lies_on_its_way(node: Node) -> None:
+    """Whoever began before a seek point leaves to it what comes after."""
+    lazy, source = node.mount(GZIP)
+    source.gate = trio.Event()
+    beyond = int(POINTS[2])  # needs all from the seek point between
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, lazy, STRADDLING)
+        await wait_all_tasks_blocked()
+        node.scheduler.advise(lazy.origin, [14], Priority.READAHEAD)
+        assert in_flight(node, lazy) == [{STRADDLING, 14}]
+        nursery.start_soon(read, lazy, beyond)
+        await wait_all_tasks_blocked()
+        assert in_flight(node, lazy) == [{STRADDLING}, {14, beyond}]
+        source.gate.set()
+
+
+async def test_of_two_runs_the_nearer_one_goes_on(node: Node) -> None:
+    lazy, source = node.mount(GZIP)
+    source.gate = trio.Event()
+    async with trio.open_nursery() as nursery:
+        for chunk in (STRADDLING, STRADDLING + 2):
+            nursery.start_soon(read, lazy, chunk)
+            await wait_all_tasks_blocked()
+        node.scheduler.advise(lazy.origin, [14], Priority.READAHEAD)
+        assert in_flight(node, lazy) == [{STRADDLING}, {STRADDLING + 2, 14}]
+        source.gate.set()
+
+
+async def test_a_run_does_not_go_to_where_another_one_can_be_resumed(node: Node) -> None:
+    """It would fetch once more what that has received."""
+    lazy, _ = node.mount(GZIP)
+    kept = SuspendedDecodings()
+    run = Run(lazy.origin, LayerWants(b""), 0, STRADDLING, kept)
+    assert all(run.covers(chunk) for chunk in range(run.last_chunk + 1))
+    kept.keep(lazy.table, advanced(lazy.origin, STRADDLING + 1, 500_000))
+    _, resumed = kept.nearest(lazy.table, run.last_chunk)
+    assert STRADDLING + 1 < resumed <= run.last_chunk
+    assert [run.covers(chunk) for chunk in range(21)] == [chunk < resumed for chunk in range(21)]
 
 
 @settings(max_examples=40, deadline=None)
