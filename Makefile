@@ -25,7 +25,7 @@ test: ## install what the tests need, and run them all
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
 	@# on a disk: tmpfs cannot be read without waiting, nor hold an image's devices
-	TMPDIR=/var/tmp .venv/bin/pytest --numprocesses 2 --dist loadfile
+	TMPDIR=/var/tmp .venv/bin/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 bench: ## measure index, store, file system and layers; prints the tables of docs/benchmarks.md
 	@scripts/setup program demo bench

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +21,35 @@ pytest_plugins = ["pytester"]
 # is a third of what a start takes, and tests start it hundreds of times.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+LONGEST = (
+    "containerd/test_storm.py",
+    "containerd/test_restart.py",
+    "endtoend/test_same_tree.py",
+    "bench/test_read.py",
+    "containerd/test_lazy_pull.py",
+    "setup/test_install.py",
+    "endtoend/test_survival.py",
+    "containerd/test_conformance_kills.py",
+    "containerd/test_lazy_remove.py",
+    "survival/test_kills.py",
+    "bench/test_interruption.py",
+    "containerd/test_survival.py",
+    "bench/test_cold_start.py",
+    "endtoend/test_profiles.py",
+    "demo/test_demo.py",
+    "demo/test_sample.py",
+    "survival/test_upgrade.py",
+    "bench/test_layers.py",
+)
+"""Files that take 20 seconds and more, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest: else one worker comes to it when the others have ended."""
+    tests = Path(__file__).parent
+    turns = {tests / name: turn for turn, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: turns.get(item.path, len(turns)))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

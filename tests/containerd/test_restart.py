@@ -21,6 +21,7 @@ from tests.support.gateway import Gateway, gateway
 from tests.support.grpc_clients import SnapshotsClient
 from tests.support.instance import POLL_SECONDS, WAIT_SECONDS, Instance, instance, wait_until
 from tests.support.lazy_images import mounted
+from tests.support.lazy_workloads import all_local
 from tests.support.leaks import becomes, left_in
 from tests.support.many_images import SharingImage, push_many_images
 from tests.support.registry import PASSWORD, USERNAME, docker_registry
@@ -112,7 +113,7 @@ def test_every_call_works_once_the_daemon_is_back(
             pod.remove()
 
     _once_it_is_back(lambda: cri.pull(shell_image))  # of sandboxes
-    wait_until(lambda: _all_local(node))
+    wait_until(lambda: all_local(node))
     left = left_in(node.here)
 
     _while_it_is_absent(node, number, pull)
@@ -127,12 +128,12 @@ def test_every_call_works_once_the_daemon_is_back(
         _start(node)
         pulling.result()
     _once_it_is_back(pull)
-    wait_until(lambda: _all_local(node))
+    wait_until(lambda: all_local(node))
 
     with _cut_off(way, docker_config):
         _end(node, number)
         _start(node)
-        assert _all_local(node)
+        assert all_local(node)
         with new_pod() as pod:
             run(pod)
             running = pod.start(reference)
@@ -295,11 +296,6 @@ def _wait_for(here: Instance) -> None:
 
 def _socket(here: Instance) -> Path:
     return here.state / "firstbyte.sock"
-
-
-def _all_local(node: LazyNode) -> bool:
-    images = node.status()["images"]
-    return bool(images) and all(image["state"] == "local" for image in images)
 
 
 # --- what containerd and its users see ---

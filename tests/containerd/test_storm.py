@@ -14,6 +14,7 @@ import pytest
 from snapshotter.containerd.server import WORKERS
 from tests.support.gateway import Gateway, gateway
 from tests.support.instance import firstbyte, wait_until
+from tests.support.lazy_workloads import all_local
 from tests.support.leaks import becomes, footprint, left_in
 from tests.support.many_images import SharingImage, push_many_images
 
@@ -56,7 +57,7 @@ def test_a_storm_leaves_nothing_and_fetches_nothing_twice(
 ) -> None:
     node = any_lazy_node
     node.cri.pull(shell_image)  # of sandboxes; it stays
-    wait_until(lambda: _all_local(node))
+    wait_until(lambda: all_local(node))
     with node.cri.pod():
         pass  # it is shown by the kernel from now on
     # containerd removes the pod's snapshot with the next image.
@@ -74,7 +75,7 @@ def test_a_storm_leaves_nothing_and_fetches_nothing_twice(
 
     before, carried = _fetched_bytes(node), way.carried
     _storm(node.cri, images, way)
-    wait_until(lambda: _all_local(node))
+    wait_until(lambda: all_local(node))
     size = sum({digest: n for image in images for digest, n in image.blobs.items()}.values())
     assert 0.99 <= (_fetched_bytes(node) - before) / size <= MORE_THAN_ONCE
     assert way.carried - carried <= size * OVERHEAD
@@ -161,11 +162,6 @@ def _must_be_removed(error: grpc.RpcError) -> None:
     ("failed to get image ... from containerd image store"). Kubelets try again.
     """
     assert error.code() is grpc.StatusCode.NOT_FOUND, error.details()
-
-
-def _all_local(node: LazyNode) -> bool:
-    images = node.status()["images"]
-    return bool(images) and all(image["state"] == "local" for image in images)
 
 
 def _fetched_bytes(node: LazyNode) -> int:

@@ -58,39 +58,37 @@ def assert_same(found: dict[bytes, Item], expected: dict[bytes, Item]) -> None:
     assert not (lines := differences(found, expected)), "\n".join(lines)
 
 
-@pytest.mark.parametrize("indexed", [True, False], ids=["with index", "without index"])
-def test_awkward_layers_from_a_registry(
-    here: Instance,
-    registry: RunningRegistry,
-    awkward: Path,
-    unpacked: dict[bytes, Item],
-    indexed: bool,
-) -> None:
-    reference = registry.reference(f"awkward-{indexed}".lower())
+@pytest.fixture(scope="module", params=[True, False], ids=["with index", "without index"])
+def pushed(request: pytest.FixtureRequest, registry: RunningRegistry, awkward: Path) -> str:
+    reference = registry.reference(f"awkward-{request.param}".lower())
     skopeo_push(awkward, reference)
-    if indexed:
+    if request.param:
         firstbyte("index", "build", reference, "--push")
-    with here.mounted(reference) as mounted:
+    return reference
+
+
+def test_awkward_layers_from_a_registry(
+    here: Instance, pushed: str, unpacked: dict[bytes, Item]
+) -> None:
+    with here.mounted(pushed) as mounted:
         assert_same(read_tree(mounted, timeless=TIMELESS), unpacked)
 
 
-@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+@pytest.fixture(scope="module", params=["zstd", "lz4"])
+def converted(request: pytest.FixtureRequest, registry: RunningRegistry, awkward: Path) -> str:
+    reference = registry.reference(f"converted-{request.param}")
+    firstbyte("convert", f"oci:{awkward}:latest", reference, "--codec", request.param)
+    return reference
+
+
 def test_awkward_layers_converted(
-    here: Instance,
-    registry: RunningRegistry,
-    awkward: Path,
-    unpacked: dict[bytes, Item],
-    codec: str,
+    here: Instance, converted: str, unpacked: dict[bytes, Item]
 ) -> None:
-    reference = registry.reference(f"converted-{codec}")
-    firstbyte("convert", f"oci:{awkward}:latest", reference, "--codec", codec)
-    with here.mounted(reference) as mounted:
+    with here.mounted(converted) as mounted:
         assert_same(read_tree(mounted, timeless=TIMELESS), unpacked)
 
 
-def test_an_image_converted_to_zstd_unpacks_with_other_tools(
-    here: Instance, tmp_path: Path, awkward: Path
-) -> None:
+def test_an_image_converted_to_zstd_unpacks_with_other_tools(tmp_path: Path, awkward: Path) -> None:
     """skopeo decompresses our frames to the tars that the configuration promises."""
     firstbyte("convert", f"oci:{awkward}:latest", f"oci:{tmp_path}/zstd:latest")
     subprocess.run(
@@ -116,8 +114,12 @@ def test_layers_that_are_plain_tars(
         assert_same(read_tree(mounted, timeless=TIMELESS), unpacked)
 
 
-def test_an_image_of_120_layers(here: Instance, registry: RunningRegistry, tmp_path: Path) -> None:
-    """Each layer adds, replaces, links or deletes what lower ones gave."""
+@pytest.fixture(scope="module")
+def tall(
+    registry: RunningRegistry, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[bytes, Item]]:
+    """An image of 120 layers, and its tree. Each layer adds, replaces, links or deletes what lower
+    ones gave."""
     layers = [
         tar(
             directory(b"shared", mode=0o700 + number % 8, mtime_ns=number * SECOND),
@@ -128,12 +130,17 @@ def test_an_image_of_120_layers(here: Instance, registry: RunningRegistry, tmp_p
         )
         for number in range(120)
     ]
-    write_layout(tmp_path / "layout", layers)
+    folder = tmp_path_factory.mktemp("tall")
+    write_layout(folder / "layout", layers)
     reference = registry.reference("many")
-    skopeo_push(tmp_path / "layout", reference)
+    skopeo_push(folder / "layout", reference)
     firstbyte("index", "build", reference, "--push")
-    expected = unpack(tmp_path / "layout", tmp_path, frozenset())
-    with here.mounted(reference) as mounted:
+    return reference, unpack(folder / "layout", folder, frozenset())
+
+
+def test_an_image_of_120_layers(here: Instance, tall: tuple[str, dict[bytes, Item]]) -> None:
+    image, expected = tall
+    with here.mounted(image) as mounted:
         assert_same(read_tree(mounted), expected)
 
 

@@ -278,6 +278,12 @@ def wait_local(node: LazyNode, image: PushedImage) -> None:
     )
 
 
+def all_local(node: LazyNode) -> bool:
+    """Whether there are images, and all of them are on the node and proven."""
+    images = containerd_status(node).images
+    return bool(images) and all(shown.state == "local" for shown in images)
+
+
 def reasons(node: LazyNode, image: PushedImage) -> dict[str, str]:
     """Why an image is not lazy, by kind. It must be told in every place, and once in the log."""
     found = {
