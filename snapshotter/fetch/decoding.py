@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from index.codecs import decoder
@@ -31,6 +33,9 @@ MOST_SUSPENDED = 8
 """Decodings that are kept. Each may hold a chunk, as much that was received but not decoded, and
 its decoder's window: 0.6 MB for gzip, for zstd up to 8 MiB more."""
 
+MOST_HEADS = 16
+"""Heads that are kept, each of less than CHUNK_SIZE."""
+
 WORTH_KEEPING = 32 << 10
 """Compressed bytes that a decoding must save whoever goes on with it."""
 
@@ -42,6 +47,18 @@ def expected_end(table: LayerTable, chunk: int) -> int:
     raw_end = chunk * CHUNK_SIZE + table.chunk_length(chunk)
     share = (raw_end - span.raw_start) / (span.raw_end - span.raw_start)
     return span.start + math.ceil(share * (span.end - span.start))
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The end of a chunk that begins before a seek point: raw space from there, `raw_start`, on.
+
+    `position` is where in the blob what comes before it has ended. Unverified, as it is no chunk.
+    """
+
+    raw_start: int
+    position: int
+    data: bytes
 
 
 class Decoding:
@@ -64,6 +81,8 @@ class Decoding:
         self._pieces: list[bytes] = []
         self._decoder: Decoder | None = None
         self._partial = bytearray()
+        self._head = bytearray()
+        self._head_size = min(self.next_chunk * CHUNK_SIZE, table.raw_size) - span.raw_start
 
     def receive(self, piece: bytes) -> None:
         """Take what follows."""
@@ -84,6 +103,26 @@ class Decoding:
         except FirstByteError:
             self.broken = True
             raise
+
+    def take_head(self, table: LayerTable) -> Head | None:
+        """What came before its first chunk, once, when all of that is here."""
+        if not self._head_size or len(self._head) < self._head_size:
+            return None
+        position = -(-table.bit_offsets[self.point] // 8)
+        head = Head(self.raw_start, position, bytes(self._head))
+        self._head_size = 0
+        self._head.clear()
+        return head
+
+    def join(self, head: Head) -> bytes | None:
+        """The next chunk, if decoding has come as far as its end, which is a `head`."""
+        if self.raw_position < head.raw_start:
+            return None
+        missing = self.raw_position - head.raw_start
+        data = bytes(self._partial[: len(self._partial) - missing]) + head.data
+        self._partial.clear()
+        self.next_chunk += 1
+        return data
 
     def _decode(self, origin: Origin, span: Span, data: bytes) -> Iterator[tuple[int, bytes]]:
         if self._decoder is None:
@@ -127,6 +166,8 @@ class Decoding:
 
     def _cut(self, table: LayerTable, raw: bytes) -> Iterator[tuple[int, bytes]]:
         used = min(len(raw), max(0, self.next_chunk * CHUNK_SIZE - self.raw_position))
+        if len(self._head) < self._head_size:
+            self._head += memoryview(raw)[:used]
         self.raw_position += len(raw)
         while self.next_chunk < table.chunk_count:
             needed = table.chunk_length(self.next_chunk) - len(self._partial)
@@ -143,10 +184,15 @@ class Decoding:
 
 
 class SuspendedDecodings:
-    """Decodings whose runs have ended, by the digest of their blob. The latest are kept."""
+    """Decodings whose runs have ended, by the digest of their blob. The latest are kept.
+
+    So are heads: whoever brings what is before a seek point need not go on past that. They alone
+    are for every thread.
+    """
 
     def __init__(self) -> None:
         self._kept: list[tuple[bytes, Decoding]] = []
+        self._heads: OrderedDict[tuple[bytes, int], Head] = OrderedDict()
 
     def keep(self, table: LayerTable, decoding: Decoding) -> None:
         """Keep a decoding, if going on with it will save anybody much."""
@@ -191,3 +237,21 @@ class SuspendedDecodings:
     def discard(self, table: LayerTable) -> None:
         """Nobody will go on with this blob."""
         self._kept = [entry for entry in self._kept if entry[0] != table.digest]
+        for digest, chunk in list(self._heads):
+            if digest == table.digest:
+                self.drop_head(table, chunk)
+
+    # --- heads ---
+
+    def keep_head(self, table: LayerTable, chunk: int, head: Head) -> None:
+        """Keep the end of a chunk."""
+        self._heads[table.digest, chunk] = head
+        while len(self._heads) > MOST_HEADS:
+            self._heads.popitem(last=False)
+
+    def head(self, table: LayerTable, chunk: int) -> Head | None:
+        return self._heads.get((table.digest, chunk))
+
+    def drop_head(self, table: LayerTable, chunk: int) -> None:
+        """It was used, or it is wrong."""
+        self._heads.pop((table.digest, chunk), None)

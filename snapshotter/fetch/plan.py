@@ -61,7 +61,7 @@ def plan_run(wants: WantTable, want: Want, suspended: SuspendedDecodings) -> Run
     if leaves_rest and last < run.last_chunk and _waste(origin.table, last) <= MAX_WASTE:
         run.stop_before(last + 1)
     for chunk in range(run.next_chunk, run.last_chunk + 1):
-        if _queued(layer, chunk, Priority.FILL):
+        if _queued(layer, chunk, Priority.FILL) and run.covers(chunk):
             wants.take(layer.wants[chunk], run)
     straddling = run.last_chunk + 1  # a seek point
     if _queued(layer, straddling, Priority.FILL) and run.covers(straddling):

@@ -135,6 +135,13 @@ class Run:
         """Bytes that were received but not decoded."""
         return self.decoding.buffered
 
+    @property
+    def can_advance(self) -> bool:
+        """Whether something can be decoded or joined before any request."""
+        head = self._suspended.head(self.origin.table, self.next_chunk)
+        joins = head is not None and head.raw_start <= self.decoding.raw_position
+        return joins or self.buffered > 0
+
     def covers(self, chunk: int) -> bool:
         """Whether it will pass all of a chunk, or can go on to it sooner than a run of its own
         would come to it. Not if it fetched again what a suspended decoding has received."""
@@ -204,6 +211,9 @@ class Run:
             guess = expected_end(self.origin.table, last) + GUESS_MARGIN
             if guess > self.position and (priority is Priority.FILL or end - guess > holds // 2):
                 end = min(end, guess)
+            head = self._suspended.head(self.origin.table, last)
+            if head is not None and head.position > self.position:
+                end = min(end, head.position)
         if end <= self.position:
             end = self.span.end
         if priority is Priority.FILL:
@@ -241,7 +251,22 @@ class Run:
                 arrivals.append(self._keep(chunk, data, remember))
         except FirstByteError as error:
             return Batch(arrivals, error)
+        finally:
+            self._keep_head()
+        chunk = self.decoding.next_chunk
+        head = self._suspended.head(self.origin.table, chunk)
+        if head is not None and (joined := self.decoding.join(head)) is not None:
+            self._suspended.drop_head(self.origin.table, chunk)
+            arrivals.append(self._keep(chunk, joined, remember))
         return Batch(arrivals)
+
+    def _keep_head(self) -> None:
+        """Whoever brings the chunk before the first of this decoding needs its end."""
+        decoding = self.decoding
+        before = -(-decoding.raw_start // CHUNK_SIZE) - 1
+        head = decoding.take_head(self.origin.table)
+        if head is not None and not self.origin.stored.has(before):
+            self._suspended.keep_head(self.origin.table, before, head)
 
     def reached(self, chunk: int) -> bool:
         """Whether decoding has come as far as the best point to start for a chunk."""

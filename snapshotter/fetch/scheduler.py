@@ -327,9 +327,9 @@ class Scheduler:
         finally:
             complete = stored.complete
             stored.close()
-            if complete:
+            if complete or run.detached:
                 self._suspended.discard(run.origin.table)
-            elif not run.detached:
+            else:
                 self._suspended.keep(run.origin.table, run.decoding)
             run.layer.runs.remove(run)
             self._runs.remove(run)

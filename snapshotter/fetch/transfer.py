@@ -143,7 +143,7 @@ class Transfer:
 
     async def _requests(self, run: Run) -> None:
         failures = 0
-        if run.buffered:  # by the run whose decoding it goes on with
+        if run.can_advance:  # by what the run has received whose decoding it goes on with
             await self._decode(run)
         while run.wants or run.expensive_to_leave:
             before = run.position

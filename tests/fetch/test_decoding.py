@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
 from index.tables import CHUNK_SIZE, Codec
-from snapshotter.fetch.decoding import MOST_SUSPENDED, Decoding, SuspendedDecodings
+from snapshotter.fetch.decoding import (
+    MOST_HEADS,
+    MOST_SUSPENDED,
+    Decoding,
+    Head,
+    SuspendedDecodings,
+)
 from snapshotter.fetch.errors import FetchError
 from snapshotter.fetch.run import GUESS_MARGIN, Run
 from snapshotter.fetch.wants import LayerWants, Priority
@@ -21,13 +27,18 @@ from tests.support.fetching import open_node
 from tests.support.sources import Fault
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from snapshotter.fetch.layer import LazyLayer
     from snapshotter.fetch.source import Origin
+    from tests.support.blobs import MadeLayer
     from tests.support.fetching import Node
+    from tests.support.sources import MemorySource
 
 RAW = sample_bytes(20 * CHUNK_SIZE + 4321)
 GZIP = make_layer(RAW, Codec.GZIP)
 ONE_FRAME = make_layer(RAW, Codec.ZSTD, frame=0)
+FRAMES = {size: make_layer(RAW, Codec.ZSTD, frame=size) for size in (60_000, 100_000, 300_000)}
 POINTS = [offset / CHUNK_SIZE for offset in GZIP.table.raw_offsets]
 STRADDLING = int(POINTS[1])  # the chunk that lies on both sides of the second seek point
 
@@ -209,6 +220,71 @@ async def test_whoever_wants_what_little_is_fetched_twice(
         straddling = len(POINTS) - 1
         again = straddling * (CHUNK_SIZE + GUESS_MARGIN)
         assert source.served <= len(GZIP.blob) + again
+
+
+# --- chunks on both sides of a seek point ---
+
+
+async def test_what_comes_before_a_seek_point_is_joined_with_what_came_after_it(
+    node: Node,
+) -> None:
+    lazy, source = node.mount(GZIP)
+    await read(lazy, STRADDLING + 1)
+    await node.quiet()
+    await read(lazy, STRADDLING)
+    (begun, _), (_, ended) = source.requests
+    assert ended == begun + 1  # the seek point is inside this byte
+    await node.quiet()
+    assert node.scheduler._suspended.head(lazy.table, STRADDLING) is None
+
+
+async def test_a_head_that_is_wrong_costs_a_request(node: Node) -> None:
+    lazy, source = node.mount(GZIP)
+    span = lazy.table.span(STRADDLING + 1, STRADDLING + 1)
+    wrong = bytes((STRADDLING + 1) * CHUNK_SIZE - span.raw_start)
+    head = Head(span.raw_start, span.start + 1, wrong)
+    node.scheduler._suspended.keep_head(lazy.table, STRADDLING, head)
+    await read(lazy, STRADDLING)
+    assert len(source.requests) > 1
+
+
+async def test_only_the_latest_heads_are_kept(node: Node) -> None:
+    lazy, _ = node.mount(GZIP)
+    kept = SuspendedDecodings()
+    for chunk in range(MOST_HEADS + 3):
+        kept.keep_head(lazy.table, chunk, Head(0, 0, b""))
+    found = [kept.head(lazy.table, chunk) is not None for chunk in range(MOST_HEADS + 3)]
+    assert found == [False] * 3 + [True] * MOST_HEADS
+
+
+async def read_all(root: Path, layer: MadeLayer, order: list[int]) -> MemorySource:
+    """Read a layer's chunks one after the other."""
+    async with open_node(root) as node:
+        lazy, source = node.mount(layer)
+        for chunk in order:
+            await read(lazy, chunk)
+            await node.quiet()
+        assert lazy.stored.complete
+        lazy.close()
+    return source
+
+
+@settings(max_examples=20, deadline=None)
+@given(order=st.permutations(range(21)))
+async def test_whoever_reads_one_after_the_other_has_nothing_fetched_twice(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int]
+) -> None:
+    """But for the bytes that seek points are inside of."""
+    source = await read_all(tmp_path_factory.mktemp("store"), GZIP, order)
+    assert source.served <= len(GZIP.blob) + len(POINTS)
+
+
+@settings(max_examples=20, deadline=None)
+@given(order=st.permutations(range(21)), frame=st.sampled_from(sorted(FRAMES)))
+async def test_chunks_are_joined_wherever_seek_points_are(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], frame: int
+) -> None:
+    await read_all(tmp_path_factory.mktemp("store"), FRAMES[frame], order)
 
 
 # --- what is kept ---
