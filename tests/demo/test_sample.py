@@ -6,7 +6,6 @@ import http.client
 import io
 import os
 import sqlite3
-import subprocess
 import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,31 +23,19 @@ from snapshotter.demo.run import sample_workload
 from snapshotter.demo.sample import catalogue
 from snapshotter.registry.errors import InvalidReferenceError
 from snapshotter.registry.manifest import parse_config
+from tests.support.sample import sample as shared_sample
 
 if TYPE_CHECKING:
-    from snapshotter.demo.layout import Layer, Member
+    from snapshotter.demo.layout import Member
     from snapshotter.demo.workspace import Workspace
+    from tests.support.sample import Sample
 
 pytestmark = pytest.mark.root
 
 
-class Sample:
-    """The image in a layout, and unpacked by umoci."""
-
-    def __init__(self, directory: Path) -> None:
-        self.layout = directory / "layout"
-        self.layers: tuple[Layer, ...] = image.build(self.layout, lambda: None)
-        subprocess.run(
-            ["umoci", "unpack", "--image", f"{self.layout}:{image.TAG}", directory / "bundle"],
-            check=True,
-            capture_output=True,
-        )
-        self.root = directory / "bundle" / "rootfs"
-
-
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    return Sample(tmp_path_factory.mktemp("sample"))
+    return shared_sample(tmp_path_factory)
 
 
 def test_it_is_of_realistic_size(sample: Sample) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import tarfile
 from typing import TYPE_CHECKING
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from snapshotter.demo.image import TAG as SAMPLE_TAG
-from snapshotter.demo.image import build as build_sample
 from tests.support.awkward import TIMELESS, awkward_layers, huge_layers, layers_beyond_umoci
 from tests.support.instance import Instance, firstbyte
 from tests.support.layouts import raw_digest, seekable, write_layout, write_packed
 from tests.support.registry import RunningRegistry, skopeo_push
+from tests.support.sample import sample
 from tests.support.tars import SECOND, Member, directory, encode, file, hardlink, tar, whiteout
 from tests.support.trees import Item, differences, read_tree
 
@@ -41,13 +42,11 @@ def unpacked(awkward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[by
     return unpack(awkward, tmp_path_factory.mktemp("unpacked"), TIMELESS)
 
 
-def unpack(
-    layout: Path, into: Path, timeless: frozenset[bytes], tag: str = "latest"
-) -> dict[bytes, Item]:
+def unpack(layout: Path, into: Path, timeless: frozenset[bytes]) -> dict[bytes, Item]:
     """The tree that `umoci unpack` makes of an image."""
     bundle = into / "bundle"
     subprocess.run(
-        ["umoci", "unpack", "--image", f"{layout}:{tag}", str(bundle)],
+        ["umoci", "unpack", "--image", f"{layout}:latest", str(bundle)],
         check=True,
         capture_output=True,
     )
@@ -149,12 +148,13 @@ def demos(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, frozenset[bytes], dict[bytes, Item]]:
     """The demo's image, the directories that no layer of it names, and its tree."""
-    folder = tmp_path_factory.mktemp("demos")
-    build_sample(folder / "layout", lambda: None)
-    image = f"oci:{folder}/layout:{SAMPLE_TAG}"
+    made = sample(tmp_path_factory)
+    layout = tmp_path_factory.mktemp("demos") / "layout"
+    shutil.copytree(made.layout, layout)
+    image = f"oci:{layout}:{SAMPLE_TAG}"
     firstbyte("index", "build", image, "--push")
-    unnamed = directories_that_no_layer_names(folder / "layout")
-    return image, unnamed, unpack(folder / "layout", folder, unnamed, SAMPLE_TAG)
+    unnamed = directories_that_no_layer_names(layout)
+    return image, unnamed, read_tree(made.root, timeless=unnamed)
 
 
 def test_the_demos_image(
