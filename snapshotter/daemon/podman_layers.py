@@ -116,21 +116,19 @@ class PodmanLayers:
             await trio.to_thread.run_sync(self._held.begin_mount)
         pinned = await trio.to_thread.run_sync(self._in_image_store)
         for held in self._held.images:
-            if not any(held.counts) and held.reference not in pinned:
+            unused = not any(held.counts) and held.reference not in pinned
+            if unused and not resumed:  # else somebody may be about to use it
                 await trio.to_thread.run_sync(self._held.remove, held)
                 continue
             try:
-                image = await self._images.open_known(held.manifest)
-                resolved = image.manifests[held.manifest]
-                try:
-                    await self._serve(held, resolved, image)
-                except BaseException:
-                    await self._images.release(image)
-                    raise
+                await self._serve_again(held)
             except FirstByteError as error:
-                log.error(
-                    "%s has layers in podman that cannot be served: %s", held.reference, error
-                )
+                if unused:
+                    await trio.to_thread.run_sync(self._held.remove, held)
+                else:
+                    log.error(
+                        "%s has layers in podman that cannot be served: %s", held.reference, error
+                    )
 
     async def sweep_forever(self) -> None:
         """Close images that nobody uses any more."""
@@ -290,6 +288,17 @@ class PodmanLayers:
             self._views.add(layer.blob)
         self._open.append(made)
         self._nursery.start_soon(_pass_refusal, made)
+
+    async def _serve_again(self, held: HeldImage) -> None:
+        image = await self._images.open_known(held.manifest)
+        try:
+            await self._serve(held, image.manifests[held.manifest], image)
+        except BaseException:
+            await self._images.release(image)
+            raise
+        self._view.expect(
+            held.reference, [digest for layer in self._open[-1].layers for digest in layer.names]
+        )
 
     async def _make_trees(self, image: OpenImage) -> list[Path]:
         """The files with the layers' trees, made if they are not there."""

@@ -39,6 +39,7 @@ _MADE_UP = 1 << 39  # inode numbers above are hashes of what they stand for
 _REMEMBERED = 4096  # inodes; one that is forgotten is looked up again
 _DIRECTORY = stat.S_IFDIR | 0o755
 _FILE = stat.S_IFREG | 0o444
+_INFO = b"info"
 _USE = b"use"
 
 
@@ -104,6 +105,14 @@ class LayerStoreView(LiveView):
             raw_size=0,
         )
 
+    def expect(self, reference: str, digests: Iterable[str]) -> None:
+        """Know the inodes of an image's layers, which a predecessor may have given out. Paths that
+        are stale are looked up again, but files that are open are not."""
+        self._add(_Node(reference))
+        for digest in digests:
+            self._add(_Node(reference, digest))
+            self._add(_Node(reference, digest, _INFO))
+
     def knows(self, nid: int) -> bool:
         return nid == _ROOT or nid in self._nodes
 
@@ -124,7 +133,7 @@ class LayerStoreView(LiveView):
             return layer.tree, layer.tree.image.root
         if name == b"blob":
             return layer.blob, layer.blob.image.root
-        if name == b"info":
+        if name == _INFO:
             return self, self._add(_Node(parent.reference, parent.digest, name))
         return None
 
@@ -145,7 +154,7 @@ class LayerStoreView(LiveView):
         return [
             (b"blob", layer.blob, layer.blob.image.root),
             (b"diff", layer.tree, layer.tree.image.root),
-            (b"info", self, self._add(_Node(node.reference, node.digest, b"info"))),
+            (_INFO, self, self._add(_Node(node.reference, node.digest, _INFO))),
         ]
 
     def has_noticed(self, call: Call) -> bool:

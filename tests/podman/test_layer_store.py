@@ -243,10 +243,47 @@ def test_a_daemon_that_dies_while_it_counts(
         with old.start(*command) as process:
             assert dies.wait(timeout=30) == -signal.SIGKILL
             served.start()
-            _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
+            ends_well(process, served)
         assert counts(served)[app] == [left] * 3
     assert served.log().count("was heeded before") - heeded == (2 if counted else 0)
+
+
+DIES_OF_A_READ = """
+import os, signal
+from snapshotter.cli.main import main
+from snapshotter.podman.layer_store import LayerStoreView
+
+async def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+LayerStoreView.read = die
+main()
+"""
+
+
+def test_a_daemon_that_dies_while_podman_reads_of_a_layer(
+    served: Instance, old: Podman, app: str
+) -> None:
+    """The next daemon knows the file that podman has open, which nobody looks up there."""
+    os.kill(greeter(served.state), signal.SIGKILL)
+    dies = served.launch(program=(sys.executable, "-c", DIES_OF_A_READ))
+    wait_until(lambda: served.answers(dies))
+    with old.start("pull", "-q", app) as process:
+        assert dies.wait(timeout=30) == -signal.SIGKILL
+        served.start()
+        ends_well(process, served)
+    assert counts(served)[app] == [1, 1, 1]
+
+
+def ends_well(process: subprocess.Popen[str], served: Instance) -> None:
+    """Wait for a podman that has to succeed. All that was said is told if it does not."""
+    try:
+        _, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        _, errors = process.communicate()
+    said = f"podman {process.args}: {process.returncode}\n{errors}\n{served.log()}"
+    assert process.returncode == 0, said
 
 
 def test_killed_while_podman_pulls_and_removes(served: Instance, old: Podman, app: str) -> None:
@@ -257,8 +294,7 @@ def test_killed_while_podman_pulls_and_removes(served: Instance, old: Podman, ap
                 time.sleep(0.05 + 0.37 * (round_ / KILLS))  # it must be right everywhere
                 os.kill(greeter(served.state), signal.SIGKILL)
                 served.start()
-                _, errors = process.communicate(timeout=60)
-            assert process.returncode == 0, errors
+                ends_well(process, served)
             assert counts(served).get(app, [0] * 3) == [left] * 3
         assert old.images() == {}
 
