@@ -323,6 +323,14 @@ async def fault_registry(tls: ssl.SSLContext | None = None) -> AsyncIterator[Fau
         nursery.cancel_scope.cancel()
 
 
+@asynccontextmanager
+async def dead_host() -> AsyncIterator[str]:
+    """A host and port where nobody listens, which nobody else gets meanwhile."""
+    with trio.socket.socket() as reserved:
+        await reserved.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{reserved.getsockname()[1]}"
+
+
 async def _serve(registry: FaultRegistry, stream: trio.abc.Stream) -> None:
     """One connection, until either side closes it."""
     connection = h11.Connection(h11.SERVER)
