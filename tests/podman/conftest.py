@@ -66,6 +66,12 @@ def app(make_image: Callable[..., str]) -> str:
     )
 
 
+@pytest.fixture(scope="session")
+def other(make_image: Callable[..., str]) -> str:
+    """An image that has its lowest layer in common with `app`."""
+    return make_image("other", tar(file(b"etc/name", b"of the other\n")))
+
+
 @pytest.fixture(scope="module")
 def here() -> Iterator[Instance]:
     """All podmans see what its daemon mounts, one that runs before they enter their roots, too."""

@@ -203,6 +203,30 @@ def test_an_image_with_its_own_layers_is_pushed_and_saved(
     assert committed == "third"
 
 
+def test_images_with_their_own_layers_share_them(
+    here: Instance,
+    any_podman: Podman,
+    app: str,
+    other: str,
+    registry: RunningRegistry,
+) -> None:
+    """What one has alone goes with it; podman builds upon them, and prunes what it has built."""
+    for reference in (app, other):
+        here.succeed("podman", "add", "--layers", reference)
+    folder = any_podman.base / "upon-layers"
+    folder.mkdir()
+    (folder / "Dockerfile").write_text(f"FROM {app}\nRUN ls /srv > /etc/name\n")
+    built = registry.reference(f"built/{any_podman.version}")
+    any_podman.succeed("build", "-q", "-t", built, folder)
+    any_podman.succeed("push", "-q", built)
+    assert f"is in use by image {built}" in here.fail("podman", "rm", app)
+    any_podman.succeed("system", "prune", "-af")
+    assert sorted(any_podman.images()) == sorted((app, other))
+    here.succeed("podman", "rm", app)
+    assert any_podman.succeed("run", "--rm", other) == "of the other"
+    assert any_podman.succeed("run", "--rm", built) == "big"
+
+
 def test_layers_are_not_shown_where_there_are_none_to_be_pushed(
     here: Instance, registry: RunningRegistry, tmp_path: Path
 ) -> None:
@@ -214,10 +238,9 @@ def test_layers_are_not_shown_where_there_are_none_to_be_pushed(
 
 
 def test_images_that_share_layers_are_served_by_themselves(
-    here: Instance, any_podman: Podman, app: str, make_image: Callable[..., str]
+    here: Instance, any_podman: Podman, app: str, other: str
 ) -> None:
     """podman knows nothing of what they share; one that goes takes nothing from the other."""
-    other = make_image("other", tar(file(b"etc/name", b"of the other\n")))
     here.succeed("podman", "add", app)
     here.succeed("podman", "add", other)
     any_podman.succeed("run", "-d", "--name", "one", app, "/bin/sleep", "infinity")

@@ -21,11 +21,10 @@ from tests.support.instance import Instance, greeter, instance, wait_until
 from tests.support.layouts import write_layout
 from tests.support.podman import Podman, podman
 from tests.support.registry import RunningRegistry, skopeo_push
-from tests.support.tars import file, tar
 from tests.support.trees import differences, read_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 pytestmark = pytest.mark.root
 
@@ -128,11 +127,8 @@ def test_images_are_made_of_it_and_pushed(
     assert old.succeed("run", "--rm", built) == "big"
 
 
-def test_images_that_share_layers(
-    served: Instance, old: Podman, app: str, make_image: Callable[..., str]
-) -> None:
+def test_images_that_share_layers(served: Instance, old: Podman, app: str, other: str) -> None:
     """podman has a layer once, from where it found it first; it goes with the last image."""
-    other = make_image("other", tar(file(b"etc/name", b"of the other\n")))
     old.succeed("pull", "-q", app)
     old.succeed("pull", "-q", other)
     assert unpulled(old) == 4
@@ -150,6 +146,25 @@ def test_an_image_stays_while_a_container_uses_it(served: Instance, old: Podman,
     assert "in use" in old.fail("rmi", app)
     old.succeed("rmi", "-f", app)
     assert counts(served)[app] == [0, 0, 0]
+
+
+def test_a_container_is_used_as_any(served: Instance, old: Podman, app: str) -> None:
+    """And what is pruned is given back, but not what a container needs."""
+    run = ("run", "-d", "--stop-timeout=0", "--name", "one", app, "/bin/sleep", "infinity")
+    old.succeed(*run)
+    assert old.succeed("exec", "one", "/bin/cat", "/etc/name") == "third"
+    old.succeed("exec", "one", "/bin/sh", "-c", "echo written > /etc/name")
+    old.succeed("system", "prune", "-af")
+    assert counts(served)[app] == [1, 1, 1]
+    old.succeed("restart", "one")
+    assert old.succeed("exec", "one", "/bin/cat", "/etc/name") == "written"
+    old.succeed("rm", "-f", "one")
+    old.succeed("image", "prune", "-af")
+    assert counts(served)[app] == [0, 0, 0]
+    old.succeed("run", "--rm", app)
+    old.succeed("system", "prune", "-af")
+    assert counts(served)[app] == [0, 0, 0]
+    assert old.images() == {}
 
 
 def test_podman_stacks_the_same_tree(

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
 from snapshotter.podman.graph_root import GraphRoot
+from tests.support.registry import PASSWORD, USERNAME, docker_registry
 from tests.support.rootless import Somebody, somebody
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.support.registry import RunningRegistry
 
 pytestmark = pytest.mark.root
+
+CREDENTIALS = f"{USERNAME}:{PASSWORD}"
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +92,36 @@ def test_a_pull_downloads_no_layer(user: Somebody, app: str) -> None:
     ]
     user.podman.succeed("rmi", app)
     assert counts(user) == [[0, 0, 0]]
+
+
+def test_an_image_with_its_own_layers_is_pushed(
+    user: Somebody, app: str, registry: RunningRegistry
+) -> None:
+    user.succeed("podman", "add", "--layers", app)
+    looks = ("/bin/ls", "/srv", "/opt")
+    seen = user.podman.succeed("run", "--name", "one", app, *looks)
+    assert seen.split() == ["/opt:", "new", "/srv:", "big"]
+    committed = registry.reference("elsewhere/by-a-user")
+    user.podman.succeed("commit", "-q", "one", committed)
+    user.podman.succeed("push", "-q", committed)
+    user.podman.reset()
+    assert user.podman.succeed("run", "--rm", committed, *looks) == seen
+
+
+def test_credentials_are_handed_to_the_users_daemon(
+    user: Somebody, app: str, tmp_path: Path
+) -> None:
+    """By the program that podman runs where it works itself; it is told so by its environment."""
+    with docker_registry(tmp_path, password=True) as registry:
+        private = registry.reference("team/private")
+        copy = ("--src-tls-verify=false", "--dest-tls-verify=false", f"--dest-creds={CREDENTIALS}")
+        command = ["skopeo", "copy", "-q", *copy, f"docker://{app}", f"docker://{private}"]
+        subprocess.run(command, check=True)
+        assert "login required" in user.fail("podman", "add", private)
+        handed = {private: {"username": USERNAME, "password": PASSWORD}}
+        user.unshare("podman", "credentials", given=json.dumps(handed))
+        user.succeed("podman", "add", private)
+        assert user.podman.succeed("run", "--rm", private) == "third"
 
 
 def test_mounts_are_for_podman_alone(user: Somebody, app: str) -> None:

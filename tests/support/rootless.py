@@ -112,14 +112,15 @@ class Somebody:
         assert line.startswith("firstbyte: ")
         return line
 
-    def unshare(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        """`firstbyte` in `podman unshare`."""
+    def unshare(self, *arguments: str | Path, given: str = "") -> subprocess.CompletedProcess[str]:
+        """`firstbyte` in `podman unshare`, with this on standard input."""
         command = self.command(*arguments)
         place = len(self._prefix)
         return subprocess.run(
             [*command[:place], "podman", "unshare", *command[place:]],
             env=self.environment,
             cwd="/",
+            input=given,
             capture_output=True,
             text=True,
             timeout=60,
