@@ -10,21 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.awkward import TIMELESS, awkward_layers
 from tests.support.instance import Instance, greeter, instance, wait_until
-from tests.support.layouts import write_layout
 from tests.support.podman import Podman, podman
-from tests.support.registry import RunningRegistry, skopeo_push
-from tests.support.trees import differences, read_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.support.registry import RunningRegistry
 
 pytestmark = pytest.mark.root
 
@@ -165,31 +162,6 @@ def test_a_container_is_used_as_any(served: Instance, old: Podman, app: str) -> 
     old.succeed("system", "prune", "-af")
     assert counts(served)[app] == [0, 0, 0]
     assert old.images() == {}
-
-
-def test_podman_stacks_the_same_tree(
-    served: Instance, old: Podman, registry: RunningRegistry, tmp_path: Path
-) -> None:
-    """As umoci unpacks it; podman 4.3 itself cannot unpack these layers. Overlayfs counts the links
-    of a file as the layer does that brought it."""
-    layout = tmp_path / "layout"
-    write_layout(layout, awkward_layers())
-    awkward = registry.reference("awkward")
-    skopeo_push(layout, awkward)
-    old.succeed("pull", "-q", awkward)
-    assert unpulled(old) == len(awkward_layers())
-    stacked = read_tree(Path(old.succeed("image", "mount", awkward)), timeless=TIMELESS)
-    old.succeed("image", "umount", awkward)
-    subprocess.run(
-        ["umoci", "unpack", "--image", f"{layout}:latest", str(tmp_path / "bundle")],
-        check=True,
-        capture_output=True,
-    )
-    unpacked = read_tree(tmp_path / "bundle/rootfs", timeless=TIMELESS)
-    for path in (b"/links/outside", b"/links/two", b"/links/three"):
-        assert stacked[path].nlink == (unpacked[path].nlink or 0) + 1
-        stacked[path] = replace(stacked[path], nlink=unpacked[path].nlink)
-    assert not (lines := differences(stacked, unpacked)), "\n".join(lines)
 
 
 def test_what_is_there_without_a_daemon_does_not_break_podman(
