@@ -53,11 +53,13 @@ def expected_end(table: LayerTable, chunk: int) -> int:
 class Head:
     """The end of a chunk that begins before a seek point: raw space from there, `raw_start`, on.
 
-    `position` is where in the blob what comes before it has ended. Unverified, as it is no chunk.
+    `position` is where in the blob the seek point is, `shared` the byte that it is inside of, or
+    empty. Unverified, as it is no chunk.
     """
 
     raw_start: int
     position: int
+    shared: bytes
     data: bytes
 
 
@@ -81,11 +83,14 @@ class Decoding:
         self._pieces: list[bytes] = []
         self._decoder: Decoder | None = None
         self._partial = bytearray()
+        self._first = b""
         self._head = bytearray()
         self._head_size = min(self.next_chunk * CHUNK_SIZE, table.raw_size) - span.raw_start
 
     def receive(self, piece: bytes) -> None:
         """Take what follows."""
+        if not self._first:
+            self._first = piece[:1]
         self._pieces.append(piece)
         self.buffered += len(piece)
         self.position += len(piece)
@@ -108,16 +113,18 @@ class Decoding:
         """What came before its first chunk, once, when all of that is here."""
         if not self._head_size or len(self._head) < self._head_size:
             return None
-        position = -(-table.bit_offsets[self.point] // 8)
-        head = Head(self.raw_start, position, bytes(self._head))
+        shared = self._first if table.bit_offsets[self.point] % 8 else b""
+        head = Head(self.raw_start, self.start, shared, bytes(self._head))
         self._head_size = 0
         self._head.clear()
         return head
 
-    def join(self, head: Head) -> bytes | None:
-        """The next chunk, if decoding has come as far as its end, which is a `head`."""
-        if self.raw_position < head.raw_start:
-            return None
+    def reaches(self, head: Head) -> bool:
+        """Whether decoding has come as far as the end of its next chunk, which is a `head`."""
+        return self.raw_position >= head.raw_start
+
+    def join(self, head: Head) -> bytes:
+        """The next chunk, whose end a head is that decoding `reaches`."""
         missing = self.raw_position - head.raw_start
         data = bytes(self._partial[: len(self._partial) - missing]) + head.data
         self._partial.clear()

@@ -135,13 +135,6 @@ class Run:
         """Bytes that were received but not decoded."""
         return self.decoding.buffered
 
-    @property
-    def can_advance(self) -> bool:
-        """Whether something can be decoded or joined before any request."""
-        head = self._suspended.head(self.origin.table, self.next_chunk)
-        joins = head is not None and head.raw_start <= self.decoding.raw_position
-        return joins or self.buffered > 0
-
     def covers(self, chunk: int) -> bool:
         """Whether it will pass all of a chunk, or can go on to it sooner than a run of its own
         would come to it. Not if it fetched again what a suspended decoding has received."""
@@ -238,6 +231,15 @@ class Run:
             self._high_water = self.position
             self.progressed_at = trio.current_time()
 
+    def can_advance(self) -> bool:
+        """Between requests: whether something can be decoded or joined before the next one."""
+        head = self._suspended.head(self.origin.table, self.next_chunk)
+        if head is None:
+            return self.buffered > 0
+        if head.shared and head.position == self.position:
+            self.receive(head.shared)
+        return self.buffered > 0 or self.decoding.reaches(head)
+
     # --- decoding, in a worker thread ---
 
     def advance(self, remember: bool) -> Batch:
@@ -250,14 +252,15 @@ class Run:
             for chunk, data in self.decoding.chunks(self.origin, self.span):
                 arrivals.append(self._keep(chunk, data, remember))
         except FirstByteError as error:
+            self._suspended.drop_head(self.origin.table, self.decoding.next_chunk)
             return Batch(arrivals, error)
         finally:
             self._keep_head()
         chunk = self.decoding.next_chunk
         head = self._suspended.head(self.origin.table, chunk)
-        if head is not None and (joined := self.decoding.join(head)) is not None:
+        if head is not None and self.decoding.reaches(head):
             self._suspended.drop_head(self.origin.table, chunk)
-            arrivals.append(self._keep(chunk, joined, remember))
+            arrivals.append(self._keep(chunk, self.decoding.join(head), remember))
         return Batch(arrivals)
 
     def _keep_head(self) -> None:

@@ -13,6 +13,7 @@ from index.errors import FirstByteError, FormatError
 from snapshotter.fetch.errors import FetchError
 from snapshotter.fetch.hold import Hold
 from snapshotter.fetch.pacing import ALONE, BLOCKED, EXPECTING, FIRST_FAN, Mood, Pacing
+from snapshotter.fetch.run import GUESS_MARGIN
 from snapshotter.fetch.trace import traced
 from snapshotter.fetch.wants import Priority
 from snapshotter.registry.errors import NetworkError, ProtocolError, RegistryError
@@ -33,7 +34,8 @@ and back costs 110 us."""
 
 DRAIN = 0.01
 """Seconds, and a round trip, for which a body is read on although nobody wants it, so that the
-connection can be used again. A new one costs two or three round trips."""
+connection can be used again. A new one costs two or three round trips. What was asked for in case
+that a guess is wrong is read in any case, or it would be asked for again."""
 
 NEAR = 512 << 10
 OVERHEAD = 0.005
@@ -143,9 +145,11 @@ class Transfer:
 
     async def _requests(self, run: Run) -> None:
         failures = 0
-        if run.can_advance:  # by what the run has received whose decoding it goes on with
-            await self._decode(run)
-        while run.wants or run.expensive_to_leave:
+        while True:
+            if run.can_advance():
+                await self._decode(run)
+            if not run.wants and not run.expensive_to_leave:
+                return
             before = run.position
             try:
                 await self._request(run)
@@ -262,7 +266,8 @@ class Transfer:
                             self._expect_byte(patience)
                             return
                     if not run.wants and not run.expensive_to_leave:
-                        if end - run.position > self._pacing(run).carries(DRAIN):
+                        rest = end - run.position
+                        if rest > max(GUESS_MARGIN, self._pacing(run).carries(DRAIN)):
                             return
                     elif self._must_give_way(run):
                         patience.deadline = math.inf
