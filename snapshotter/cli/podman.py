@@ -22,6 +22,7 @@ from snapshotter.cli.mount import (
 )
 from snapshotter.daemon import client, protocol
 from snapshotter.daemon.errors import DaemonError
+from snapshotter.podman import rootless
 from snapshotter.podman.graph_root import GraphRoot
 from snapshotter.podman.storage_conf import (
     find_storage_conf,
@@ -171,7 +172,7 @@ def _unserved(places: Places) -> list[protocol.PodmanImage]:
             why="",
             local_bytes=0,
             total_bytes=0,
-            problem="no daemon runs: systemctl start firstbyte, or firstbyte daemon",
+            problem=f"no daemon runs: {rootless.how_to_start()}",
         )
         for image in GraphRoot(places.podman_images).images()
     ]

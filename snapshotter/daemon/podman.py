@@ -23,6 +23,7 @@ from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.podman_layers import PodmanLayers, pinned_reference
 from snapshotter.daemon.showing import Mode
 from snapshotter.nursery import open_nursery
+from snapshotter.podman import rootless
 from snapshotter.podman.graph_root import GraphRoot, Image, Layer, chain, link_name
 from snapshotter.podman.merged import go_time
 from snapshotter.podman.users import images_of, users_of
@@ -179,7 +180,7 @@ class PodmanImages:
         if self._layers is None:
             raise DaemonError(
                 "only a daemon that runs as a service shows podman an image's own layers",
-                hint="systemctl start firstbyte, or firstbyte daemon",
+                hint=rootless.how_to_start(),
             )
         if reference.startswith(LAYOUT_PREFIX):
             raise DaemonError(

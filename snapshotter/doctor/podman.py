@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from snapshotter.doctor.findings import Finding, ok, problem, skipped, warning
 from snapshotter.doctor.node import judge_fuse, judge_overlay
+from snapshotter.podman import rootless
 from snapshotter.podman.versions import (
     ASKS_FOR_BLOBS,
     ASKS_FOR_TABLES,
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from snapshotter.podman.storage_conf import StorageConf
 
-_START = "start the daemon: systemctl start firstbyte, or firstbyte daemon"
 _SHOWN = 5  # images that are not served; `firstbyte podman ls` has all
 
 
@@ -92,6 +92,10 @@ def examine(facts: Facts, image_store: Path, layer_store: Path) -> list[Finding]
     findings.append(judge_fuse(usable=facts.fuse))
     findings += _judge_images(facts.unserved)
     return findings
+
+
+def _start() -> str:
+    return f"start the daemon: {rootless.how_to_start()}"
 
 
 def _judge_version(version: tuple[int, int] | None) -> Finding:
@@ -176,7 +180,7 @@ def _judge_present(
         problem(
             check,
             f"{path} does not exist: no podman command works",
-            _START if path in ours else f"mkdir -p {path}, or take it out of {conf.path}",
+            _start() if path in ours else f"mkdir -p {path}, or take it out of {conf.path}",
         )
         for path in missing
     ]
@@ -242,7 +246,7 @@ def _judge_helper(helper: Helper | str, version: tuple[int, int] | None, *, used
 def _judge_images(unserved: Sequence[tuple[str, str]] | str) -> list[Finding]:
     check = "images"
     if isinstance(unserved, str):
-        return [problem(check, unserved, _START)]
+        return [problem(check, unserved, _start())]
     if not unserved:
         return [ok(check, "what is in the image store can be run")]
     return [

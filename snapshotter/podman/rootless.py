@@ -69,6 +69,11 @@ def user() -> User | None:
     )
 
 
+def how_to_start() -> str:
+    """What starts the daemon that is meant, for a hint."""
+    return f"systemctl {'--user ' if user() else ''}start firstbyte, or firstbyte daemon"
+
+
 def is_outside() -> bool:
     """Whether this process is a user's, and not in podman's namespaces."""
     return os.geteuid() != 0

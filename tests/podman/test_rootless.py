@@ -147,5 +147,8 @@ def test_a_daemon_follows_podman_to_new_namespaces(user: Somebody, app: str) -> 
     assert "warning" not in found
     daemon.send_signal(signal.SIGINT)
     daemon.wait(timeout=30)
+    refusal = user.fail("podman", "add", "--layers", app)  # by a daemon that this has started
+    assert "only a daemon that runs as a service" in refusal
+    assert "systemctl --user start firstbyte" in refusal
     user.succeed("podman", "add", app)
     assert user.podman.succeed("run", "--rm", app) == "third"
