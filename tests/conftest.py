@@ -25,9 +25,9 @@ sys.dont_write_bytecode = False
 LONGEST = (
     "containerd/test_storm.py",
     "containerd/test_restart.py",
+    "containerd/test_lazy_pull.py",
     "endtoend/test_same_tree.py",
     "bench/test_read.py",
-    "containerd/test_lazy_pull.py",
     "setup/test_install.py",
     "endtoend/test_survival.py",
     "containerd/test_conformance_kills.py",
