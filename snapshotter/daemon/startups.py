@@ -15,7 +15,9 @@ from index.profile import Profile
 from snapshotter.daemon.page_cache import read_ahead
 from snapshotter.fetch.pack import PackDelivery
 from snapshotter.fetch.source import ImagePackSource
+from snapshotter.fetch.wants import Priority
 from snapshotter.images.discovery import Trust, find_pack
+from snapshotter.images.foresight import Foresight
 from snapshotter.registry.chain import chain_ids
 from snapshotter.store.profiles import ProfileStore
 
@@ -106,15 +108,30 @@ class Startups:
                     await self._keep(image, recorder)
 
     async def _help(self, image: OpenImage, expected: PackDelivery | None, *, replay: bool) -> None:
-        """Bring the startup pack, then what starts on this node touched and the pack has not."""
+        """Bring the startup pack, then what starts on this node touched and the pack has not.
+
+        Without both, bring what can be foreseen.
+        """
+        delivery = None
         if replay:
-            await self._deliver(image, expected or await self._delivery(image))
+            delivery = expected or await self._delivery(image)
+            await self._deliver(image, delivery)
         profile = await trio.to_thread.run_sync(self._profiles.get, _chain_id(image))
         if profile is None or not _keep_longest(image, profile):
+            if replay and delivery is None:
+                await self._foresee(image)
             return
         if replay:
             origins = [layer.origin for layer in image.layers]
             self._scheduler.replay((origins[t.layer], t.chunk) for t in profile.likely)
+
+    async def _foresee(self, image: OpenImage) -> None:
+        def want(layer: int, chunks: range) -> None:
+            self._scheduler.advise(image.layers[layer].origin, chunks, Priority.STARTUP)
+
+        config = image.resolved.config.config
+        if config is not None:
+            await Foresight(image.found.index.tree, image.layers, config, want).look()
 
     async def _deliver(self, image: OpenImage, delivery: PackDelivery | None) -> None:
         """An image starts without a pack as well."""

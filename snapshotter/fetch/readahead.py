@@ -40,11 +40,11 @@ class SequentialReaders:
         return range(last + 1, last + 1 + window)
 
 
-NEIGHBOURS = 15
-"""Chunks after one that a start had to wait for which are fetched with it: files that belong
-together are next to each other in a layer, and each wait costs a round trip and a request. Without
-a profile redis was ready after 1.7 s instead of 2.5 (200 Mbit/s, 20 ms), with 7 after 1.8, with 31
-after 1.8; `docs/benchmarks.md` has other links and images."""
+FIRST_NEIGHBOURS, NEIGHBOURS = 3, 15
+"""Chunks after one that a start had to wait for which are fetched with it, at first and at most:
+files that belong together are next to each other in a layer, and each wait costs a round trip and
+a request. Whenever one of them is read there are twice as many the next time. What starts most
+often wait for, `images.foresight` has brought. See "What can be foreseen" in docs/benchmarks.md."""
 
 MOST_IN_VAIN = 8
 """Guesses in a row of which no chunk was read: who reads so is at random places."""
@@ -56,6 +56,7 @@ class Neighbours:
     def __init__(self) -> None:
         self._guessed: set[int] = set()
         self._in_vain = 0
+        self._count = FIRST_NEIGHBOURS
 
     def guess(self, chunk: int) -> range:
         """Somebody has to wait for a chunk: what to fetch with it.
@@ -65,14 +66,16 @@ class Neighbours:
         if self._in_vain >= MOST_IN_VAIN:
             return range(0)
         self._in_vain += 1
-        guessed = range(chunk + 1, chunk + 1 + NEIGHBOURS)
+        guessed = range(chunk + 1, chunk + 1 + self._count)
         self._guessed.update(guessed)
         return guessed
 
     def read(self, chunk: int) -> None:
         """A chunk is read, whether it was guessed or not."""
         if chunk in self._guessed:
+            self._guessed.discard(chunk)
             self._in_vain = 0
+            self._count = min(2 * self._count + 1, NEIGHBOURS)
 
     def forget(self) -> None:
         """The start is over."""

@@ -15,6 +15,7 @@ from index.pack import PackDecoder, read_table
 from index.tables import CHUNK_SIZE
 from snapshotter.bench.coldstart.residency import resident
 from snapshotter.daemon.places import Places
+from tests.support.elves import make_elf
 from tests.support.instance import firstbyte, instance, wait_until
 from tests.support.layouts import write_layout
 from tests.support.registry import skopeo_push
@@ -137,6 +138,23 @@ def test_a_profile_is_replayed_from_the_layers(here: Instance, shared: str) -> N
         fetched = here.status()["fetched"]
     assert fetched["startup"]["requests"] > 0
     assert fetched["blocked"]["requests"] == 0
+
+
+def test_the_first_start_of_all_has_its_program_brought(
+    elsewhere: Instance, tmp_path: Path, registry: RunningRegistry
+) -> None:
+    """Nobody reads anything here, and the background download has much to do before that."""
+    program = make_elf(interpreter=b"/lib/ld.so", needed=[b"liba.so"])
+    layer = tar(
+        file(b"data", random.Random(1).randbytes(32 << 20)),
+        *(file(name, program) for name in (b"bin/tool", b"lib/ld.so", b"lib/liba.so")),
+    )
+    write_layout(tmp_path / "tool", [layer], config={"config": {"Cmd": ["tool"]}})
+    reference = registry.reference(tmp_path.name.replace("_", "-"))
+    skopeo_push(tmp_path / "tool", reference)
+    firstbyte("index", "build", reference, "--push")
+    with elsewhere.mounted(reference):
+        wait_until(lambda: elsewhere.status()["fetched"]["blocked"]["bytes"] > 0)
 
 
 def test_images_that_share_a_layer_each_have_what_their_starts_read(

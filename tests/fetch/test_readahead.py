@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapshotter.fetch.readahead import (
+    FIRST_NEIGHBOURS,
     FIRST_WINDOW,
     LARGEST_WINDOW,
     MAX_STREAMS,
@@ -49,7 +50,16 @@ def test_chunks_that_never_follow_each_other_cause_no_read_ahead(chunks: list[in
 
 
 def test_what_follows_a_chunk_that_is_waited_for_is_guessed() -> None:
-    assert Neighbours().guess(7) == range(8, 8 + NEIGHBOURS)
+    assert Neighbours().guess(7) == range(8, 8 + FIRST_NEIGHBOURS)
+
+
+def test_who_reads_it_gets_more_the_next_time() -> None:
+    neighbours = Neighbours()
+    count = FIRST_NEIGHBOURS
+    for chunk in range(0, 1000, 100):
+        assert neighbours.guess(chunk) == range(chunk + 1, chunk + 1 + count)
+        neighbours.read(chunk + 1)
+        count = min(2 * count + 1, NEIGHBOURS)
 
 
 def test_who_never_reads_what_was_guessed_is_at_random_places() -> None:

@@ -13,7 +13,7 @@ from index.errors import FormatError
 from index.tables import CHUNK_SIZE, Codec
 from snapshotter.fetch.errors import FetchError
 from snapshotter.fetch.pacing import FIRST_FAN
-from snapshotter.fetch.readahead import NEIGHBOURS
+from snapshotter.fetch.readahead import FIRST_NEIGHBOURS
 from snapshotter.fetch.scheduler import RESERVED
 from snapshotter.fetch.startup import StartupRecorder
 from snapshotter.fetch.wants import ChunkState, Priority
@@ -414,7 +414,7 @@ async def test_a_start_gets_what_is_near_with_what_it_waits_for(node: Node, know
         lazy.stored.start_chunks.add(17)  # this one is just what the kernel has guessed
     assert await lazy.read(2 * CHUNK_SIZE, 9) == RAW[2 * CHUNK_SIZE :][:9]
     await node.quiet()
-    last = 2 if known else 2 + NEIGHBOURS
+    last = 2 if known else 2 + FIRST_NEIGHBOURS
     assert lazy.stored.missing(0, 20) == [chunk for chunk in range(21) if not 2 <= chunk <= last]
     assert source.requests[0][0] == 2 * CHUNK_SIZE
     assert all(end == start for (_, end), (start, _) in pairwise(source.requests))

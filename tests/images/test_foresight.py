@@ -1,0 +1,210 @@
+"""Files that a start will read are known before it begins: program, loader, libraries."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from index.builder import build
+from index.extents import FileExtents
+from index.tables import CHUNK_SIZE, Codec
+from snapshotter.images import foresight
+from snapshotter.images.foresight import Foresight
+from snapshotter.registry.manifest import RunConfig
+from tests.support.blobs import make_layer
+from tests.support.elves import make_elf
+from tests.support.fetching import open_node
+from tests.support.tars import file, symlink, tar
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from tests.support.fetching import Node
+    from tests.support.sources import Fault
+
+LOADER = b"/lib64/ld.so"
+HEADER = 512  # bytes before a file in a tar
+
+
+@pytest.fixture
+async def node(tmp_path: Path) -> AsyncIterator[Node]:
+    async with open_node(tmp_path / "store") as node:
+        yield node
+
+
+def entries(files: dict[str, bytes]) -> Iterator[bytes]:
+    """Each file has chunks of its own, so that these tell files."""
+    for name, content in files.items():
+        yield file(name.encode(), content + bytes(-(len(content) + HEADER) % CHUNK_SIZE))
+
+
+async def foreseen(
+    node: Node,
+    files: dict[str, bytes],
+    *links: bytes,
+    faults: list[Fault | None] | None = None,
+    **config: list[str] | str,
+) -> list[str]:
+    """The files that a start of an image with this configuration is expected to read."""
+    layer = make_layer(tar(*entries(files), *links), Codec.PLAIN)
+    index = build([[layer.blob]])
+    lazy, _ = node.mount(layer, *(faults or ()))
+    wanted: list[tuple[int, int]] = []
+    run = RunConfig(**config)  # type: ignore[arg-type]
+    look = Foresight(
+        index.tree, [lazy], run, lambda layer, chunks: wanted.extend((layer, c) for c in chunks)
+    )
+    await look.look()
+    lazy.close()
+    extents = FileExtents(index.tree)
+    found = {extents.at(number, chunk * CHUNK_SIZE + 4096, 1) for number, chunk in wanted}
+    return sorted(path.decode() for path in found if path is not None)
+
+
+def _linked(program: Path) -> dict[Path, Path]:
+    """What the loader of this machine says it will map, by the paths at which it finds that."""
+    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    words = [Path(word) for word in listed.split() if word.startswith("/")]
+    return {word: word.resolve() for word in words}
+
+
+@pytest.fixture
+def program() -> Path:
+    return Path(shutil.which("ls") or "").resolve()
+
+
+@pytest.fixture
+def libraries(program: Path) -> dict[Path, Path]:
+    return _linked(program)
+
+
+async def test_a_real_program_brings_all_that_its_loader_will_map(
+    node: Node, program: Path, libraries: dict[Path, Path]
+) -> None:
+    real = {program, *libraries.values()}
+    files = {str(path)[1:]: path.read_bytes() for path in real}
+    files["usr/lib/libnobody.so.1"] = make_elf()
+    links = [
+        symlink(b"lib/" + bytes(path.name, "ascii"), bytes(to)) for path, to in libraries.items()
+    ]
+    links += [
+        symlink(bytes(path)[1:], bytes(to))
+        for path, to in libraries.items()
+        if path.name.startswith("ld-")
+    ]
+    found = await foreseen(node, files, *links, cmd=[str(program)])
+    assert found == sorted(map(str, real))
+
+
+FILES = {
+    "lib64/ld.so": make_elf(),
+    "usr/bin/tool": make_elf(interpreter=LOADER, needed=[b"liba.so"]),
+    "usr/bin/env": make_elf(interpreter=LOADER),
+    "usr/bin/sh": make_elf(interpreter=LOADER),
+    "usr/bin/other": make_elf(),
+    "usr/lib/liba.so": make_elf(needed=[b"libb.so", b"liba.so"]),
+    "usr/lib/libb.so": make_elf(needed=[b"liba.so", b"libmissing.so"]),
+    "opt/app/bin/app": make_elf(
+        interpreter=LOADER, needed=[b"libapp.so"], runpath=b"/nowhere:$ORIGIN/../lib"
+    ),
+    "opt/app/lib/libapp.so": make_elf(),
+    "usr/lib/libapp.so": make_elf(),
+    "srv/script": b"#!/usr/bin/env tool\nand more\n",
+    "srv/data": b"nothing that runs",
+    "etc/passwd": b"root:x:0:0::/:/usr/bin/other\n",
+}
+TOOL = ["/lib64/ld.so", "/usr/bin/tool", "/usr/lib/liba.so", "/usr/lib/libb.so"]
+ALWAYS = ["/etc/passwd"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"cmd": ["tool"]}, TOOL),
+        ({"cmd": ["bin/tool"], "working_dir": "/usr"}, TOOL),
+        ({"cmd": ["tool"], "env": ["PATH=/opt/app/bin"]}, []),
+        (
+            {"entrypoint": ["app"], "env": ["PATH=/opt/app/bin"]},
+            ["/lib64/ld.so", "/opt/app/bin/app", "/opt/app/lib/libapp.so"],
+        ),
+        ({"entrypoint": ["/srv/script"], "cmd": ["x"]}, ["/srv/script", "/usr/bin/env", *TOOL]),
+        ({"entrypoint": ["other"], "cmd": ["tool"]}, ["/usr/bin/other", *TOOL]),
+        ({"cmd": ["sh", "-c", "exec tool --fast"]}, ["/usr/bin/sh", *TOOL]),
+        (
+            {"cmd": ["other", "data", "tool"], "working_dir": "/srv"},
+            ["/srv/data", "/usr/bin/other"],
+        ),
+        ({}, []),
+        ({"cmd": ["missing", ""]}, []),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_what_the_command_line_leads_to(
+    node: Node, config: dict[str, list[str] | str], expected: list[str]
+) -> None:
+    assert await foreseen(node, FILES, **config) == sorted({*expected, *ALWAYS})
+
+
+async def test_libraries_are_found_where_the_image_says(node: Node) -> None:
+    files = {name: FILES[name] for name in ("lib64/ld.so", "usr/bin/tool", "usr/lib/libb.so")}
+    files["opt/liba.so"] = make_elf()
+    found = await foreseen(node, files, cmd=["tool"], env=["LD_LIBRARY_PATH=/nowhere:/opt"])
+    assert "/opt/liba.so" in found
+
+
+async def test_libraries_are_found_beside_their_loader(node: Node) -> None:
+    files = {
+        "usr/lib/x86_64-linux-gnu/ld.so": make_elf(),
+        "usr/lib/x86_64-linux-gnu/liba.so": make_elf(),
+        "usr/bin/tool": FILES["usr/bin/tool"],
+    }
+    link = symlink(LOADER[1:], b"../usr/lib/x86_64-linux-gnu/ld.so")
+    assert len(await foreseen(node, files, link, cmd=["tool"])) == 3
+
+
+async def test_of_a_large_file_only_the_head_is_wanted(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foresight, "MAX_FILE", 2 * CHUNK_SIZE)
+    layer = make_layer(tar(file(b"usr/bin/tool", make_elf() + bytes(9 * CHUNK_SIZE))), Codec.PLAIN)
+    index = build([[layer.blob]])
+    lazy, _ = node.mount(layer)
+    wanted: list[int] = []
+    run = RunConfig(cmd=["tool"])
+    await Foresight(index.tree, [lazy], run, lambda _, chunks: wanted.extend(chunks)).look()
+    lazy.close()
+    assert wanted == [0]
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        (symlink(b"usr/bin/round", b"round"),),
+        (symlink(b"usr/bin/round", b"/usr/bin"),),
+    ],
+    ids=["in a circle", "to a directory"],
+)
+async def test_what_leads_nowhere_is_no_program(node: Node, links: tuple[bytes, ...]) -> None:
+    assert await foreseen(node, FILES, *links, cmd=["round"]) == ALWAYS
+
+
+async def test_damaged_programs_are_wanted_and_no_more(node: Node) -> None:
+    whole = FILES["usr/bin/tool"]
+    for cut in (20, 70, len(whole) - 20):
+        files = FILES | {"usr/bin/tool": whole[:cut]}
+        found = await foreseen(node, files, cmd=["tool"])
+        assert "/usr/bin/tool" in found
+
+
+async def test_there_is_an_end_to_what_an_image_may_ask_for(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foresight, "MAX_LOOKUPS", 100)
+    needed = [b"lib%d.so" % number for number in range(200)]
+    tool = make_elf(interpreter=LOADER, needed=[*needed, b"liba.so"])
+    found = await foreseen(node, FILES | {"usr/bin/tool": tool}, cmd=["tool"])
+    assert found == ["/etc/passwd", "/usr/bin/tool"]
