@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from index.tables import CHUNK_SIZE
 from snapshotter.fetch.decoding import expected_end
-from snapshotter.fetch.run import Run
+from snapshotter.fetch.run import LONGEST_RUN, Run
 from snapshotter.fetch.wants import Priority
 
 if TYPE_CHECKING:
@@ -18,13 +18,12 @@ if TYPE_CHECKING:
     from snapshotter.fetch.wants import LayerWants, Want, WantTable
 
 MAX_CHUNKS: Mapping[Priority, int] = {
-    Priority.FILL: (16 << 20) // CHUNK_SIZE,
+    Priority.FILL: LONGEST_RUN,
     Priority.STARTUP: (4 << 20) // CHUNK_SIZE,
     Priority.READAHEAD: (4 << 20) // CHUNK_SIZE,
     Priority.BLOCKED: (4 << 20) // CHUNK_SIZE,
 }
-"""Chunks that a run is planned for. Long enough to fill a link, short enough that several
-connections share the work."""
+"""Chunks that a run is planned for."""
 
 MAX_GAP = 4
 """Chunks that nobody wants between two that are merged, if more would be decoded twice else."""
@@ -58,13 +57,14 @@ def plan_run(wants: WantTable, want: Want, suspended: SuspendedDecodings) -> Run
         last = min(range(last, earliest - 1, -1), key=partial(_waste, origin.table))
     run = Run(origin, layer, first, last, suspended)
     leaves_rest = want.priority is Priority.FILL or others_follow
-    if leaves_rest and last < run.last_chunk and _waste(origin.table, last) <= MAX_WASTE:
+    stops = leaves_rest and last < run.last_chunk and _waste(origin.table, last) <= MAX_WASTE
+    if stops:
         run.stop_before(last + 1)
     for chunk in range(run.next_chunk, run.last_chunk + 1):
         if _queued(layer, chunk, Priority.FILL) and run.covers(chunk):
             wants.take(layer.wants[chunk], run)
     straddling = run.last_chunk + 1  # a seek point
-    if _queued(layer, straddling, Priority.FILL) and run.covers(straddling):
+    if not stops and _queued(layer, straddling, Priority.FILL) and run.covers(straddling):
         run.reach(straddling)
         wants.take(layer.wants[straddling], run)
     return run

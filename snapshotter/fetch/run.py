@@ -29,6 +29,9 @@ READER_REQUEST = 1 << 20
 """Compressed bytes of one request for a reader, unless the link holds more: it may turn elsewhere
 meanwhile, and what of a response is not read is lost, and the connection with it."""
 
+LONGEST_RUN = (16 << 20) // CHUNK_SIZE
+"""Chunks. Long enough to fill a link, short enough that several connections share the work."""
+
 LEAVE_COST = 4 << 20
 """Compressed bytes: a run that would have to decode more than this again, should somebody want
 the next chunk later, is better finished. Plain zstd streams have one seek point for all."""
@@ -136,8 +139,9 @@ class Run:
         return self.decoding.buffered
 
     def covers(self, chunk: int) -> bool:
-        """Whether it will pass all of a chunk, or can go on to it sooner than a run of its own
-        would come to it. Not if it fetched again what a suspended decoding has received."""
+        """Whether it will pass all of a chunk, or can go on to it: if that is sooner than a run of
+        its own would come to it, or if that would begin where this one comes past anyway. Not if it
+        fetched again what a suspended decoding has received."""
         if chunk < self.next_chunk:
             return False
         if self.decoding.broken:
@@ -146,10 +150,11 @@ class Run:
         start, _ = self._suspended.nearest(table, chunk)
         if start <= self.position:
             return True
+        anyway = bool(self.wants) and start < expected_end(table, max(self.wants))
+        if anyway and chunk - self.next_chunk < LONGEST_RUN:
+            return True
         resumed = start > table.span(chunk, chunk).start
-        if resumed and (not self.wants or start > expected_end(table, max(self.wants))):
-            return False
-        return chunk <= self.last_chunk
+        return chunk <= self.last_chunk and (anyway or not resumed)
 
     def ahead(self, chunk: int) -> int:
         """Compressed bytes between what has been received and the best point to start for a chunk.
