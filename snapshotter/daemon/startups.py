@@ -15,7 +15,6 @@ from index.profile import Profile
 from snapshotter.daemon.page_cache import read_ahead
 from snapshotter.fetch.pack import PackDelivery
 from snapshotter.fetch.source import ImagePackSource
-from snapshotter.fetch.wants import Priority
 from snapshotter.images.discovery import Trust, find_pack
 from snapshotter.images.foresight import Foresight
 from snapshotter.registry.chain import chain_ids
@@ -126,12 +125,9 @@ class Startups:
             self._scheduler.replay((origins[t.layer], t.chunk) for t in profile.likely)
 
     async def _foresee(self, image: OpenImage) -> None:
-        def want(layer: int, chunks: range) -> None:
-            self._scheduler.advise(image.layers[layer].origin, chunks, Priority.STARTUP)
-
         config = image.resolved.config.config
         if config is not None:
-            await Foresight(image.found.index.tree, image.layers, config, want).look()
+            await Foresight(image.found.index.tree, image.layers, config).look()
 
     async def _deliver(self, image: OpenImage, delivery: PackDelivery | None) -> None:
         """An image starts without a pack as well."""

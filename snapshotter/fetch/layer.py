@@ -37,6 +37,7 @@ class LazyLayer:
     """One layer of a mounted image. For the trio thread.
 
     `stored` is an opened layer that this object closes; `number` is what `recorder` calls it.
+    `foreseen` are chunks that a first start will probably read.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class LazyLayer:
         self._number = number
         self._readers = SequentialReaders()
         self._neighbours = Neighbours()
+        self.foreseen: set[int] = set()
         self._latest = (-1, -1)
         self._closed = False
 
@@ -108,6 +110,11 @@ class LazyLayer:
             if self.origin.trace is not None:
                 self.origin.trace.stalled(self.origin.number, raw_offset, length, began)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def foresee(self, chunks: range) -> None:
+        """The first start of an image will probably read these chunks."""
+        self.foreseen.update(chunks)
+        self._scheduler.advise(self.origin, chunks, Priority.STARTUP)
 
     async def inspect(self, raw_offset: int, length: int) -> bytes:
         """The same for this process's own sake: no start has touched them."""
@@ -162,9 +169,12 @@ class LazyLayer:
         self._fetch_ahead(last, self._readers.advance(first, last))
 
     def _guess(self, chunk: int) -> None:
-        """A chunk is waited for. If that is in a start, fetch what it may read next; unless earlier
-        starts have told: what they have not read is the kernel's guess, next to what they have."""
+        """A chunk is waited for. If that is in a start, fetch what it may read next; unless that is
+        known, because earlier starts have told, or foreseen: what they have not read is the
+        kernel's guess, next to what they have."""
         if self._recorder is None or self.stored.start_chunks:
+            return
+        if not self.foreseen.isdisjoint((chunk - 1, chunk)):
             return
         if self._recorder.stopped:
             self._neighbours.forget()

@@ -26,7 +26,7 @@ from index.tables import CHUNK_SIZE
 from snapshotter.images import elf
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from index.erofs.reader import Image
     from snapshotter.fetch.layer import LazyLayer
@@ -57,18 +57,16 @@ _ALWAYS = (b"/etc/passwd", b"/etc/group", b"/etc/ld.so.cache", b"/etc/nsswitch.c
 
 
 class Foresight:
-    """Of one image. `want` is told of chunks of a layer, by its number."""
+    """Of one image."""
 
     def __init__(
         self,
         tree: Image,
         layers: Sequence[LazyLayer],
         config: RunConfig,
-        want: Callable[[int, range], None],
     ) -> None:
         self._tree = tree
         self._layers = layers
-        self._want = want
         environment = dict(_variable(entry) for entry in config.env or ())
         self._path = (environment.get(b"PATH") or _PATH).split(b":")
         self._libraries = environment.get(b"LD_LIBRARY_PATH", b"").split(b":")
@@ -208,7 +206,7 @@ class Foresight:
             if piece.device:
                 first = piece.offset // CHUNK_SIZE
                 last = (piece.offset + piece.length - 1) // CHUNK_SIZE
-                self._want(piece.device - 1, range(first, last + 1))
+                self._layers[piece.device - 1].foresee(range(first, last + 1))
         return found
 
     async def _part(self, nid: int, part: elf.Part, limit: int) -> bytes:

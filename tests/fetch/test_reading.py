@@ -405,13 +405,16 @@ async def test_first_touches_are_recorded_in_order_and_can_be_replayed(node: Nod
     assert source.requests == [(span.start, span.end) for span in spans]
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["by guess", "by an earlier start"])
-async def test_a_start_gets_what_is_near_with_what_it_waits_for(node: Node, known: bool) -> None:
+@pytest.mark.parametrize("known", ["", "by an earlier start", "by foresight"])
+async def test_a_start_gets_what_is_near_with_what_it_waits_for(node: Node, known: str) -> None:
     """In one request, and only while it is not known what it will read."""
     lazy, source = node.mount(PLAIN)
     recorder = lazy._recorder = StartupRecorder()
-    if known:
-        lazy.stored.start_chunks.add(17)  # this one is just what the kernel has guessed
+    # This one is just what the kernel has guessed.
+    if known == "by an earlier start":
+        lazy.stored.start_chunks.add(17)
+    elif known:
+        lazy.foreseen.add(1)
     assert await lazy.read(2 * CHUNK_SIZE, 9) == RAW[2 * CHUNK_SIZE :][:9]
     await node.quiet()
     last = 2 if known else 2 + FIRST_NEIGHBOURS

@@ -53,15 +53,11 @@ async def foreseen(
     layer = make_layer(tar(*entries(files), *links), Codec.PLAIN)
     index = build([[layer.blob]])
     lazy, _ = node.mount(layer, *(faults or ()))
-    wanted: list[tuple[int, int]] = []
     run = RunConfig(**config)  # type: ignore[arg-type]
-    look = Foresight(
-        index.tree, [lazy], run, lambda layer, chunks: wanted.extend((layer, c) for c in chunks)
-    )
-    await look.look()
+    await Foresight(index.tree, [lazy], run).look()
     lazy.close()
     extents = FileExtents(index.tree)
-    found = {extents.at(number, chunk * CHUNK_SIZE + 4096, 1) for number, chunk in wanted}
+    found = {extents.at(0, chunk * CHUNK_SIZE + 4096, 1) for chunk in lazy.foreseen}
     return sorted(path.decode() for path in found if path is not None)
 
 
@@ -173,11 +169,9 @@ async def test_of_a_large_file_only_the_head_is_wanted(
     layer = make_layer(tar(file(b"usr/bin/tool", make_elf() + bytes(9 * CHUNK_SIZE))), Codec.PLAIN)
     index = build([[layer.blob]])
     lazy, _ = node.mount(layer)
-    wanted: list[int] = []
-    run = RunConfig(cmd=["tool"])
-    await Foresight(index.tree, [lazy], run, lambda _, chunks: wanted.extend(chunks)).look()
+    await Foresight(index.tree, [lazy], RunConfig(cmd=["tool"])).look()
     lazy.close()
-    assert wanted == [0]
+    assert lazy.foreseen == {0}
 
 
 @pytest.mark.parametrize(
