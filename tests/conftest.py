@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from tests.support.instance import Instance, instance
 from tests.support.registry import RunningRegistry, docker_registry
@@ -21,6 +22,9 @@ pytest_plugins = ["pytester"]
 # is a third of what a start takes, and tests start it hundreds of times.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+settings.register_profile("firstbyte", deadline=None)  # tests never assert on time
+settings.load_profile("firstbyte")
 
 LONGEST = (
     "containerd/test_storm.py",

@@ -187,5 +187,5 @@ def expecting(error: type[SnapshotError] | None) -> AbstractContextManager[objec
     return pytest.raises(error) if error else contextlib.nullcontext()
 
 
-Model.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+Model.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
 TestModel = Model.TestCase

@@ -38,7 +38,7 @@ _infos = st.builds(Info, st.sampled_from(Kind), _text, _text, _labels, _times, _
 
 
 class TestCalls:
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(data=st.data())
     async def test_every_field_arrives(self, data: st.DataObject) -> None:
         draw = data.draw

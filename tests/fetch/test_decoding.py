@@ -193,7 +193,7 @@ async def test_a_run_does_not_go_to_where_another_one_can_be_resumed(node: Node)
     assert [run.covers(chunk) for chunk in range(21)] == [chunk < resumed for chunk in range(21)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     chunks=st.lists(st.integers(0, 20), min_size=1, max_size=12),
     fill=st.booleans(),
@@ -270,7 +270,7 @@ async def read_all(root: Path, layer: MadeLayer, order: list[int]) -> MemorySour
     return source
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(order=st.permutations(range(21)))
 async def test_whoever_reads_one_after_the_other_has_nothing_fetched_twice(
     tmp_path_factory: pytest.TempPathFactory, order: list[int]
@@ -279,7 +279,7 @@ async def test_whoever_reads_one_after_the_other_has_nothing_fetched_twice(
     assert source.served <= len(GZIP.blob)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(order=st.permutations(range(21)), frame=st.sampled_from(sorted(FRAMES)))
 async def test_chunks_are_joined_wherever_seek_points_are(
     tmp_path_factory: pytest.TempPathFactory, order: list[int], frame: int

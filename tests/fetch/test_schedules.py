@@ -70,7 +70,7 @@ def quick(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(transfer, "IN_BACKGROUND", RetryPolicy(attempts=5, base=0.0001))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(sorted(LAYERS)),
     script=st.lists(faults, max_size=10),
@@ -146,7 +146,7 @@ def _unexpected(layer: LazyLayer, error: Exception) -> None:
     raise AssertionError(error)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(kind=st.sampled_from(["plain", "frames", "one frame"]), work=st.lists(reads, min_size=1))
 async def test_without_faults_a_chunk_is_stored_once_whoever_wants_it(
     kind: str, work: list[tuple[int, int, float, float | None]]

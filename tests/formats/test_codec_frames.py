@@ -112,7 +112,7 @@ def scanned(
     return scanner, scan(scanner, cut(blob, sizes or [len(blob)]))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(samples(), piece_sizes, piece_sizes)
 def test_points_are_frames_far_enough_apart_and_all_decode_from_there(
     sample: Sample, sizes: list[int], decode_sizes: list[int]
@@ -128,7 +128,7 @@ def test_points_are_frames_far_enough_apart_and_all_decode_from_there(
     check_points(sample.codec, scanner, sample.blob, raw, decode_sizes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(samples(), st.data())
 def test_a_blob_may_end_after_a_frame_and_nowhere_else(sample: Sample, data: st.DataObject) -> None:
     length = data.draw(st.integers(0, len(sample.blob)) | st.sampled_from(sample.ends))
@@ -162,7 +162,7 @@ def test_what_follows_a_frame_must_be_a_frame(codec: Codec, garbage: bytes) -> N
         scanned(codec, compress(b"words") + garbage)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(samples(), st.data())
 def test_damage_is_an_error_or_other_bytes_and_the_limit_holds(
     sample: Sample, data: st.DataObject

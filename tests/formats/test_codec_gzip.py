@@ -99,7 +99,7 @@ def scanned(blob: bytes, sizes: list[int] | None = None) -> tuple[codecs.Scanner
     return scanner, scan(scanner, cut(blob, sizes or [len(blob)]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(blobs(), piece_sizes, piece_sizes)
 def test_every_checkpoint_decodes_to_the_raw_bytes_from_there(
     sample: Sample, sizes: list[int], decode_sizes: list[int]
@@ -111,7 +111,7 @@ def test_every_checkpoint_decodes_to_the_raw_bytes_from_there(
     check_points(Codec.GZIP, scanner, blob, raw, decode_sizes)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(blobs(), piece_sizes)
 def test_checkpoints_and_windows_do_not_depend_on_the_pieces_of_input(
     sample: Sample, sizes: list[int]
@@ -122,7 +122,7 @@ def test_checkpoints_and_windows_do_not_depend_on_the_pieces_of_input(
     assert pieced.windows == whole.windows
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(blobs())
 def test_windows_hold_bytes_of_raw_space_or_zeros(sample: Sample) -> None:
     blob, raw = sample
@@ -244,7 +244,7 @@ def test_header_fields_are_passed_over_in_first_and_later_members(size: int) -> 
     check_points(Codec.GZIP, scanner, blob, output, [size])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(members(), st.data())
 def test_a_truncated_blob_is_refused(sample: Sample, data: st.DataObject) -> None:
     blob, _ = sample
@@ -276,7 +276,7 @@ def test_what_follows_the_last_member_must_be_zeros(garbage: bytes) -> None:
         decoder.feed(blob[10:] + garbage + bytes(20))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(members(), st.data())
 def test_a_flipped_bit_is_an_error_or_changes_nothing_in_a_scan(
     sample: Sample, data: st.DataObject
@@ -291,7 +291,7 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing_in_a_scan(
         assert isinstance(error, CodecError)  # noqa: PT017
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(blobs(), st.data())
 def test_a_decoder_survives_damage_and_keeps_its_limit(sample: Sample, data: st.DataObject) -> None:
     blob, _ = sample

@@ -70,7 +70,7 @@ def test_nothing_at_all_converts_to_a_blob_that_decompresses_to_nothing(codec: C
     assert LayerScanner().feed(blob) == []
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sampled_from(CODECS), raw_data(700_000), piece_sizes, st.sampled_from([1, 2, 5]))
 def test_the_seek_table_names_frames_that_stand_alone(
     codec: Codec, raw: bytes, sizes: list[int], chunks: int
@@ -93,7 +93,7 @@ def test_the_seek_table_names_frames_that_stand_alone(
     assert all(raw_size == chunks * CHUNK_SIZE for _, raw_size in table[:-1])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from(CODECS), raw_data(700_000), piece_sizes, st.sampled_from([1, 2, 4]))
 def test_neither_pieces_nor_threads_change_the_blob(
     codec: Codec, raw: bytes, sizes: list[int], threads: int

@@ -194,7 +194,7 @@ def agree(data: bytearray, at_once: int) -> bool | None:
     return said
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(DAMAGE, AT_ONCE)
 def test_both_checks_agree_about_damaged_real_images(
     damage: list[tuple[int, str, int]], at_once: int
@@ -202,7 +202,7 @@ def test_both_checks_agree_about_damaged_real_images(
     agree(LIKE_REAL.damaged(damage), at_once)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(trees(), st.just([]) | DAMAGE, AT_ONCE)
 def test_both_checks_agree_about_damaged_images_of_any_tree(
     root: Node, damage: list[tuple[int, str, int]], at_once: int
@@ -365,7 +365,7 @@ def packed(names: list[bytes], noise: list[tuple[int, int]], seed: int) -> list[
     return [bytes(block) for block in blocks]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(NAMES, NOISE, st.integers(0, 1000)), min_size=1, max_size=3))
 def test_blocks_are_read_together_as_each_by_itself(
     directories: list[tuple[list[bytes], list[tuple[int, int]], int]],

@@ -132,7 +132,7 @@ def test_kernel_reads_every_kind_of_inode(tmp_path: Path) -> None:
         assert_same(top, root, [LAYER])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(root=trees())
 def test_kernel_reads_any_tree(root: Node, tmp_path_factory: pytest.TempPathFactory) -> None:
     for _, node in walk(root):

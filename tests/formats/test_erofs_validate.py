@@ -272,7 +272,7 @@ def poke_everything(image: Image, start: int) -> None:
 BYTES = st.tuples(st.integers(0, 1 << 16), st.sampled_from([0, 1, 2, 5, 9, 31, 46, 47, 127, 255]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(BYTES, min_size=1, max_size=4), st.integers(0, 1 << 14))
 def test_damaged_images_raise_nothing_but_format_errors(
     damage: list[tuple[int, int]], start: int
@@ -290,7 +290,7 @@ def test_damaged_images_raise_nothing_but_format_errors(
     walk_everything(image)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(trees(), st.lists(BYTES, min_size=1, max_size=2))
 def test_whatever_is_valid_can_be_walked(root: Node, damage: list[tuple[int, int]]) -> None:
     data = bytearray(write(root, DEVICES))
@@ -308,7 +308,7 @@ def test_whatever_is_valid_can_be_walked(root: Node, damage: list[tuple[int, int
 WORDS = st.integers(0, 20) | st.integers(0, 0xFFFF)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(root=WORDS, meta_block=WORDS, xattr_block=WORDS, inode_count=WORDS)
 def test_a_superblock_that_lies_is_found(**fields: int) -> None:
     data = bytearray(IMAGE)

@@ -35,7 +35,7 @@ def image_of(children: dict[bytes, Node], devices: tuple[int, ...] = (1 << 20,))
     return Image(write(directory(children), devices))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(trees())
 def test_an_image_holds_its_tree_and_is_valid(root: Node) -> None:
     image = Image(write(root, DEVICES))
@@ -49,7 +49,7 @@ def shuffled(mapping: dict[bytes, T], order: random.Random) -> dict[bytes, T]:
     return dict(items)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(trees(), st.randoms(use_true_random=False))
 def test_bytes_do_not_depend_on_the_order_of_dictionaries(root: Node, order: random.Random) -> None:
     before = write(root, DEVICES)

@@ -107,7 +107,7 @@ def test_every_chunk_can_be_read_by_the_table_alone(sample: tuple[Codec, bytes])
         table.verify(chunk, raw[start : start + table.chunk_length(chunk)])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sampled_from(Codec), st.integers(0, 600_000), piece_sizes)
 def test_the_result_does_not_depend_on_the_pieces(
     codec: Codec, size: int, sizes: list[int]

@@ -247,7 +247,7 @@ def _applicable(drawn: Sequence[Sequence[Member]]) -> list[bytes]:
 
 
 @pytest.mark.root
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(_MEMBERS, max_size=8), min_size=1, max_size=5))
 def test_overlayfs_shows_random_layers_as_they_are_merged(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[list[Member]]

@@ -6,7 +6,7 @@ import contextlib
 import stat
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from index.entry import Entry, EntryType, Segment
@@ -194,7 +194,6 @@ def test_every_name_ends_up_inside_the_root(name: bytes, path: bytes) -> None:
     assert tree[path].size == 4
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([b"a", b"..", b".", b"", b"b"]), max_size=8).map(b"/".join))
 def test_cleaned_names_hold_only_proper_components(name: bytes) -> None:
     assert not {b"", b".", b".."} & set(components(name))
@@ -359,7 +358,6 @@ _ANY_ENTRY = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(_ANY_ENTRY, max_size=8), max_size=3))
 def test_any_entries_give_a_tree_inside_its_root_or_a_named_error(
     layers: list[list[Entry]],

@@ -73,7 +73,7 @@ def _can_apply(layers: Sequence[Sequence[Member]], member: Member) -> bool:
 
 
 @pytest.mark.root
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(_LAYERS)
 def test_random_layers_merge_to_what_umoci_unpacks(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[list[Member]]
@@ -145,7 +145,6 @@ def _model(layers: Sequence[Sequence[Member]]) -> dict[bytes, tuple[str, object]
     return tree
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(_PLAIN_MEMBERS, max_size=8), min_size=1, max_size=4))
 def test_files_directories_and_whiteouts_follow_the_model(drawn: list[list[Member]]) -> None:
     layers: list[list[Member]] = []
@@ -163,7 +162,6 @@ def test_files_directories_and_whiteouts_follow_the_model(drawn: list[list[Membe
     assert merged == _model(drawn)
 
 
-@settings(deadline=None)
 @given(_LAYERS)
 def test_link_counts_are_those_of_the_tree(drawn: list[list[Member]]) -> None:
     layers: list[list[Member]] = [[]]

@@ -62,7 +62,7 @@ ARCHIVES = [*awkward_layers(), *layers_beyond_umoci(), *huge_layers()]
 STEPS = st.lists(st.sampled_from([1, 7, 511, 512, 513, 3000, 1 << 20]), min_size=1, max_size=5)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.sampled_from(ARCHIVES), STEPS, st.booleans(), st.data())
 def test_skipping_gives_the_entries_that_feeding_gives(
     archive: bytes, steps: list[int], whole: bool, data: st.DataObject
@@ -170,7 +170,6 @@ _MEMBERS: st.SearchStrategy[Member] = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(_MEMBERS, max_size=6), min_size=1, max_size=4), st.data())
 def test_every_depth_of_random_layers(drawn: list[list[Member]], data: st.DataObject) -> None:
     layers: list[bytes] = []

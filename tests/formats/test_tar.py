@@ -74,7 +74,7 @@ def _archives(draw: st.DrawFn) -> tuple[bytes, list[tuple[tarfile.TarInfo, bytes
     return buffer.getvalue(), members
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(_archives(), st.integers(1, 2000))
 def test_what_tarfile_writes_is_read_back_in_pieces_of_any_size(
     written: tuple[bytes, list[tuple[tarfile.TarInfo, bytes]]], piece: int
@@ -229,7 +229,6 @@ def _scan_anything(data: bytes, piece: int) -> None:
             raise ValueError("a message of several lines") from error
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=3000), st.integers(1, 3000))
 def test_random_bytes_give_entries_or_a_first_byte_error(data: bytes, piece: int) -> None:
     _scan_anything(data, piece)
@@ -238,7 +237,7 @@ def test_random_bytes_give_entries_or_a_first_byte_error(data: bytes, piece: int
 _SAMPLES = [*awkward_layers(), *layers_beyond_umoci(), *huge_layers()]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.sampled_from(_SAMPLES), st.data())
 def test_damaged_archives_give_entries_or_a_first_byte_error(archive: bytes, data: Any) -> None:
     damaged = bytearray(archive)
@@ -251,7 +250,7 @@ def test_damaged_archives_give_entries_or_a_first_byte_error(archive: bytes, dat
     _scan_anything(bytes(damaged), data.draw(st.sampled_from([97, 512, 1 << 20])))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.sampled_from(_SAMPLES), st.data())
 def test_damaged_headers_with_right_checksums_give_entries_or_a_first_byte_error(
     archive: bytes, data: Any

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from index.entry import Entry, EntryType, Segment
@@ -53,7 +53,6 @@ def test_checksums_of_signed_bytes_are_accepted() -> None:
     assert only(header(b"\xff" * 100, checksum=b"%06o\0 " % signed)).name == b"\xff" * 100
 
 
-@settings(deadline=None)
 @given(st.integers(0, 511), st.integers(1, 255))
 def test_any_changed_byte_of_a_header_is_noticed(position: int, change: int) -> None:
     block = bytearray(encode(file(b"name", mtime_ns=SECOND, uid=1000)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from index.entry import Entry, Segment
@@ -30,7 +30,6 @@ _RUNS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(_RUNS, st.integers(0, 2000), st.sampled_from(["old", "0.0", "0.1", "1.0"]))
 @example([(0, b"a" * 512), (512, b"b" * 100)], 0, "1.0")
 @example([(512, b"a" * 700), (324, b"b" * 324)], 512, "old")

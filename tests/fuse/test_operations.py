@@ -215,7 +215,7 @@ def test_a_file_over_4_gib_is_read_at_both_ends_and_in_its_hole(mount: Path) -> 
         assert os.pread(file.fileno(), 4096, 5 * GIB) == b""
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     reads=st.lists(
         st.tuples(st.integers(0, len(BIG) + 4096), st.integers(0, 1 << 20)), min_size=1, max_size=8

@@ -33,7 +33,7 @@ LAYER = make_layer(sample_bytes((CHUNKS - 1) * CHUNK_SIZE + 1000), Codec.PLAIN)
 OTHER = make_layer(sample_bytes(CHUNKS * CHUNK_SIZE, 1), Codec.PLAIN)
 
 same_directory = settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

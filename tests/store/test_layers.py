@@ -306,7 +306,7 @@ def noted(store: LayerStore, request: pytest.FixtureRequest) -> Iterator[LayerSt
 
 
 @given(chunk=st.integers(0, CHUNKS - 1), ends=st.tuples(*[st.integers(0, CHUNK_SIZE)] * 2))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_part_of_a_chunk_can_be_read(
     noted: LayerStore, chunk: int, ends: tuple[int, int]
 ) -> None:
