@@ -209,6 +209,7 @@ main()
 def test_a_reset_gives_layers_back(served: Instance, old: Podman, app: str) -> None:
     """podman throws its graph root away; nothing of ours goes with it."""
     old.succeed("pull", "-q", app)
+    old.settle()
     old.succeed("system", "reset", "-f")
     assert counts(served)[app] == [0, 0, 0]
     assert old.succeed("run", "--rm", app) == "third"

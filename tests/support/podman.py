@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from snapshotter.mounts import syscalls
 from snapshotter.mounts.table import read_mounts
 from tests.support.debian_root import entered
+from tests.support.instance import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -104,6 +105,12 @@ class Podman:
         listed = json.loads(self.succeed("images", "--format", "json"))
         return {name: image for image in listed for name in image.get("Names") or []}
 
+    def settle(self) -> None:
+        """Wait until what podman does by itself when a container has ended is done: it writes where
+        `system reset` deletes."""
+        base = os.fsencode(self.base) + b"/"
+        wait_until(lambda: not any(base in line for line in _command_lines()))
+
     def reset(self) -> None:
         """Nothing is left in its storage. (A podman that has nothing to do takes half a second.)"""
         if self._has("containers"):
@@ -122,6 +129,13 @@ class Podman:
         for entry in reversed(read_mounts()):
             if entry.point.startswith(prefix):
                 syscalls.unmount(Path(os.fsdecode(entry.point)), detach=True)
+
+
+def _command_lines() -> Iterator[bytes]:
+    """Of all processes, their words ended by zeros."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            yield file.read_bytes()
 
 
 @contextmanager

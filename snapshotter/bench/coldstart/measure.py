@@ -85,6 +85,8 @@ def measure(place: Place, node: Node, start: Start) -> tuple[Sample, Workload]:
         elif not lazy:
             local = pulled
     total = link.carried().since(before)
+    if curve[-1][1] != total.down:  # some came since the watch ended
+        curve.append((clock.now(), total.down))
     usage = node.usage()
     sample = Sample(
         image=image.name,
