@@ -118,7 +118,7 @@ def test_a_directory_with_something_in_it_is_refused(node: Instance, layout: str
     (target / "precious").touch()
     assert "is not empty (it holds precious)" in node.fail("mount", layout, target)
     assert "does not exist: mkdir -p" in node.fail("mount", layout, node.base / "none")
-    assert node.mounts() == []
+    wait_until(lambda: node.mounts() == [])  # the daemon that had been started for it ends
     wait_until(lambda: not node.has_daemon())
 
 
