@@ -268,7 +268,9 @@ class PodmanLayers:
             return False
         return named
 
-    async def _serve(self, held: HeldImage, resolved: ResolvedImage, image: OpenImage) -> None:
+    async def _serve(
+        self, held: HeldImage, resolved: ResolvedImage, image: OpenImage
+    ) -> LayeredImage:
         trees = await self._make_trees(image)
         made = LayeredImage(held, resolved, image, self._blobs)
         for number, path in enumerate(trees):
@@ -288,16 +290,17 @@ class PodmanLayers:
             self._views.add(layer.blob)
         self._open.append(made)
         self._nursery.start_soon(_pass_refusal, made)
+        return made
 
     async def _serve_again(self, held: HeldImage) -> None:
         image = await self._images.open_known(held.manifest)
         try:
-            await self._serve(held, image.manifests[held.manifest], image)
+            made = await self._serve(held, image.manifests[held.manifest], image)
         except BaseException:
             await self._images.release(image)
             raise
         self._view.expect(
-            held.reference, [digest for layer in self._open[-1].layers for digest in layer.names]
+            held.reference, [digest for layer in made.layers for digest in layer.names]
         )
 
     async def _make_trees(self, image: OpenImage) -> list[Path]:

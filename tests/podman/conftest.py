@@ -24,6 +24,14 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRegist
         yield running
 
 
+@pytest.fixture(scope="module")
+def served() -> Iterator[Instance]:
+    """An instance whose daemon runs as a service does."""
+    with instance() as made:
+        made.start()
+        yield made
+
+
 @pytest.fixture(scope="session")
 def rootfs(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A layer with a shell and a few tools."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.instance import Instance, greeter, instance, wait_until
+from tests.support.instance import Instance, greeter, wait_until
 from tests.support.podman import Podman, podman
 
 if TYPE_CHECKING:
@@ -27,14 +27,6 @@ pytestmark = pytest.mark.root
 
 KILLS = int(os.environ.get("FIRSTBYTE_PODMAN_KILLS", "2"))
 """How often the daemon is killed while podman does each thing; 1 s each."""
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Instance]:
-    """An instance whose daemon runs as a service does."""
-    with instance() as made:
-        made.start()
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from tests.support.awkward import TIMELESS, awkward_layers
-from tests.support.instance import Instance, instance
 from tests.support.layouts import write_layout
 from tests.support.podman import Podman, podman
 from tests.support.registry import RunningRegistry, skopeo_push
@@ -18,6 +17,8 @@ from tests.support.trees import Item, differences, read_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.support.instance import Instance
 
 pytestmark = pytest.mark.root
 
@@ -49,14 +50,6 @@ def awkward(registry: RunningRegistry, tmp_path_factory: pytest.TempPathFactory)
         capture_output=True,
     )
     return Awkward(reference, read_tree(folder / "bundle/rootfs", timeless=TIMELESS))
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Instance]:
-    """An instance whose daemon runs as a service does."""
-    with instance() as made:
-        made.start()
-        yield made
 
 
 @pytest.fixture(scope="module")
