@@ -82,7 +82,7 @@ def test_a_storm_leaves_nothing_and_fetches_nothing_twice(
     remove_all()
 
     memory = []
-    for number in (2, 3, 4):  # threads and their memory are all there after three storms
+    for number in (2, 3):
         with _removing(node.cri, images, way, seed=number):
             _storm(node.cri, images, way)
         remove_all()
@@ -90,7 +90,7 @@ def test_a_storm_leaves_nothing_and_fetches_nothing_twice(
         assert now.threads <= THREADS
         assert now.other <= at_first.other + SOCKETS
         memory.append(now.resident)
-    assert memory[2] <= memory[1] + MEMORY, memory
+    assert memory[1] <= memory[0] + MEMORY, memory
 
     status = node.status()
     assert status["fallbacks"] == []
