@@ -14,9 +14,11 @@ write to it. Source: containers/storage `store.go`, `images.go`, `layers.go` and
     overlay-layers/layers.json    the layers; layers.lock
     overlay-images/images.json    the images; images.lock
                   /<image>/       manifest and configuration, by the names that podman looks for
+    overlay-images/withdrawn.json    ours: the image that is being removed
 
 A layer is written before its image and goes after it; so a crash leaves at most a layer without an
-image, which the next `open` removes.
+image, which the next `open` removes. An image that was withdrawn, and not yet swept, is put back:
+nobody knows whether a container has come to use it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import shutil
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -38,6 +40,7 @@ from snapshotter.registry.digests import digest_of
 from snapshotter.store.durable import (
     discard_temporaries,
     make_directory,
+    remove_file,
     sync_directory,
     write_file,
 )
@@ -53,6 +56,8 @@ _PLAIN_NAME = re.compile(r"[a-z0-9.]+")  # big data whose name is a file's name 
 _HEX_ID = re.compile(r"[0-9a-f]{64}")
 
 _encoder = msgspec.json.Encoder()
+
+_Record = TypeVar("_Record", "Image", "Layer")
 
 
 class _Metadata(msgspec.Struct, frozen=True, rename="kebab"):
@@ -129,6 +134,8 @@ class GraphRoot:
             for directory, kind in ((self._images, "images"), (self._layers, "layers")):
                 if not (directory / f"{kind}.json").exists():
                     self._write(directory, kind, [])
+            for image in self._read(self._withdrawn, Image):
+                self._restore(image)
             self._sweep()
 
     def images(self) -> list[Image]:
@@ -157,10 +164,11 @@ class GraphRoot:
         in this `directory` of the layer store."""
         made = layered_image(manifest, config, layers[-1].id)
         with self._lock:
-            known = next((one for one in self._read_images() if one.id == made.id), None)
+            images = self._read_images()
+            known = next((one for one in images if one.id == made.id), None)
             image = _named(known or self._make_image(made, str(directory)), name)
+            self._link_layers([*images, image], layers)
             self._make_layers(layers)
-            self._link_layers([image])
             self._put(image)
             return image
 
@@ -181,26 +189,37 @@ class GraphRoot:
 
     def withdraw(self, image: Image) -> None:
         """Take an image out of the list: nobody finds it any more. Its tree stays, for those who
-        have found it; `restore` undoes this, `sweep` makes it final."""
+        have found it; `restore` undoes this, and so does `open`; `sweep` makes it final."""
         with self._lock:
+            write_file(self._withdrawn, [_encoder.encode([image])])
             self._write_images(one for one in self._read_images() if one.id != image.id)
 
     def restore(self, image: Image) -> None:
         """Put an image back that was withdrawn."""
         with self._lock:
-            self._put(image)
+            self._restore(image)
 
     def sweep(self) -> None:
         """Remove everything that is of no image."""
         with self._lock:
+            remove_file(self._withdrawn)
             self._sweep()
 
     # --- files ---
 
+    @property
+    def _withdrawn(self) -> Path:
+        return self._images / "withdrawn.json"
+
     def _read_images(self) -> list[Image]:
-        path = self._images / "images.json"
+        return self._read(self._images / "images.json", Image)
+
+    def _read_layers(self) -> list[Layer]:
+        return self._read(self._layers / "layers.json", Layer)
+
+    def _read(self, path: Path, kind: type[_Record]) -> list[_Record]:
         try:
-            return msgspec.json.decode(path.read_bytes(), type=list[Image])
+            return msgspec.json.decode(path.read_bytes(), type=list[kind])  # type: ignore[valid-type]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -209,6 +228,10 @@ class GraphRoot:
             raise StoreError(
                 f"{path} is damaged ({error})", hint=f"remove {self.path}, and add the images again"
             ) from error
+
+    def _restore(self, image: Image) -> None:
+        self._put(image)
+        remove_file(self._withdrawn)
 
     def _sweep(self) -> None:
         images = self._read_images()
@@ -259,13 +282,13 @@ class GraphRoot:
         if made := [layer for layer in layers if layer.id not in there]:
             self._write(self._layers, "layers", [*known, *made])
 
-    def _link_layers(self, images: Sequence[Image]) -> None:
+    def _link_layers(self, images: Sequence[Image], new: Sequence[Layer] = ()) -> None:
         """Let the layers of images be where the layer store has them. Of images that share one the
-        first counts: to who uses it they are the same."""
+        first counts: to who uses it they are the same. `new` are layers that are not listed yet."""
         done: set[str] = set()
         for image in images:
             below: list[str] = []
-            for layer in self._layers_of(image) if image.layers_at else ():
+            for layer in self._layers_of(image, new) if image.layers_at else ():
                 if layer.id not in done:
                     place = Path(image.layers_at, layer.compressed_diff_digest)
                     self._link_layer(layer.id, place, below)
@@ -286,25 +309,14 @@ class GraphRoot:
         self._link(diff, directory / "diff")
         self._link(short, Path("..") / layer / "diff")
 
-    def _layers_of(self, image: Image) -> list[Layer]:
-        known = {layer.id: layer for layer in self._read_layers()}
+    def _layers_of(self, image: Image, new: Sequence[Layer] = ()) -> list[Layer]:
+        known = {layer.id: layer for layer in (*new, *self._read_layers())}
         found: list[Layer] = []
         layer = known.get(image.layer)
         while layer is not None:
             found.insert(0, layer)
             layer = known.get(layer.parent)
         return found
-
-    def _read_layers(self) -> list[Layer]:
-        path = self._layers / "layers.json"
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=list[Layer])
-        except FileNotFoundError:
-            return []
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise StoreError(
-                f"{path} is damaged ({error})", hint=f"remove {self.path}, and add the images again"
-            ) from error
 
     def _keep_layers(self, wanted: set[str]) -> None:
         """Remove all layers but those."""

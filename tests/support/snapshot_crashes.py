@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sqlite3
 import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +17,12 @@ import trio
 
 from snapshotter.containerd.errors import AlreadyExistsError, NotFoundError
 from snapshotter.containerd.snapshotter import Snapshotter
+from tests.support.crashes import KILLED, Killer, in_child
 from tests.support.lazy_images import DirectoryImages, digest, layer_labels
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-_STEPS = frozenset({"os.mkdir", "os.rename", "os.chmod", "os.chown", "os.remove", "os.rmdir"})
-_KILLED = 9
 _MOST_STEPS = 200
 
 LAZY = layer_labels("image", "layer", "chain")
@@ -110,43 +108,18 @@ async def repeat(snapshotter: Snapshotter, work: Callable[[Snapshotter], Awaitab
     assert done[getattr(work, "__name__", "")], f"refused: {refused}"
 
 
-def in_child(work: Callable[[], None]) -> int:
-    """Do something in a process of its own; its exit status."""
-    child = os.fork()
-    if not child:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def killer_of_statements(step: int) -> Killer:
+    """One that counts what is said to SQLite, too."""
+    killer = Killer(step)
+    connect = sqlite3.connect
 
+    def traced(*arguments: object, **options: object) -> sqlite3.Connection:
+        connection = connect(*arguments, **options)  # type: ignore[call-overload]
+        connection.set_trace_callback(lambda statement: killer.count())
+        return connection  # type: ignore[no-any-return]
 
-class Killer:
-    """Ends this process before a step, counted from when it is armed."""
-
-    def __init__(self, step: int) -> None:
-        self._left = step
-        self._armed = False
-        connect = sqlite3.connect
-
-        def traced(*arguments: object, **options: object) -> sqlite3.Connection:
-            connection = connect(*arguments, **options)  # type: ignore[call-overload]
-            connection.set_trace_callback(lambda statement: self._count())
-            return connection  # type: ignore[no-any-return]
-
-        sqlite3.connect = traced
-        sys.addaudithook(lambda event, _: self._count() if event in _STEPS else None)
-
-    def arm(self) -> None:
-        self._armed = True
-
-    def _count(self) -> None:
-        if self._armed:
-            self._left -= 1
-            if self._left == 0:
-                os._exit(_KILLED)
+    sqlite3.connect = traced
+    return killer
 
 
 def crash(folder: Path, work: Callable[[Snapshotter], Awaitable[None]]) -> int:
@@ -162,7 +135,7 @@ def crash(folder: Path, work: Callable[[Snapshotter], Awaitable[None]]) -> int:
         async def first(
             root: Path = root, step: int = step, images: Callable[[], DirectoryImages] = images
         ) -> None:
-            killer = Killer(step)
+            killer = killer_of_statements(step)
             snapshotter = Snapshotter(root, images(), root / "idmapped")
             await begin(snapshotter)
             killer.arm()
@@ -181,7 +154,7 @@ def crash(folder: Path, work: Callable[[Snapshotter], Awaitable[None]]) -> int:
             snapshotter.close()
 
         status = in_child(lambda first=first: trio.run(first))
-        assert status in (0, _KILLED), f"step {step}"
+        assert status in (0, KILLED), f"step {step}"
         assert in_child(lambda second=second: trio.run(second)) == 0, f"step {step}"
         if status == 0:
             return step - 1
