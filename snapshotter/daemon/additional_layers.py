@@ -21,6 +21,7 @@ from snapshotter.store.durable import sync_file
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from snapshotter.daemon.layer_files import LayerFiles
     from snapshotter.daemon.open_image import OpenImage
     from snapshotter.podman.held import HeldImage
     from snapshotter.registry.image import ResolvedImage
@@ -83,7 +84,7 @@ class AdditionalLayer:
     async def read(self, offset: int, length: int) -> bytes:
         """From a copy that is fetched, whole and verified, when somebody first reads it."""
         async with self._fetching:
-            path = self._image.blobs / self._descriptor.digest.removeprefix("sha256:")
+            path = self._image.files.blob(self._descriptor.digest)
             if not await trio.Path(path).exists():
                 await self._fetch(path)
         return await trio.to_thread.run_sync(_read, path, offset, length)
@@ -91,8 +92,20 @@ class AdditionalLayer:
     async def _fetch(self, path: Path) -> None:
         log.info("fetching layer %s whole, to be pushed or saved", self._descriptor.digest)
         unfinished = path.with_suffix(".new")
+        try:
+            await self._download(unfinished)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await trio.Path(unfinished).unlink(missing_ok=True)
+            raise
+        await trio.to_thread.run_sync(
+            sync_file, unfinished
+        )  # what has its name is never verified again
+        await trio.Path(unfinished).rename(path)
+
+    async def _download(self, path: Path) -> None:
         hasher = hashlib.sha256()
-        async with await trio.open_file(unfinished, "wb") as file:
+        async with await trio.open_file(path, "wb") as file:
 
             async def consume(piece: bytes) -> None:
                 hasher.update(piece)
@@ -102,22 +115,18 @@ class AdditionalLayer:
         if f"sha256:{hasher.hexdigest()}" != self._descriptor.digest:
             self._image.open.source.doubt(self._descriptor)
             raise IntegrityError(f"layer {self._descriptor.digest} came with other bytes")
-        await trio.to_thread.run_sync(
-            sync_file, unfinished
-        )  # what has its name is never verified again
-        await trio.Path(unfinished).rename(path)
 
 
 class LayeredImage:
     """A held image that is open. `idle` counts the sweeps that found nobody using it."""
 
     def __init__(
-        self, held: HeldImage, resolved: ResolvedImage, image: OpenImage, blobs: Path
+        self, held: HeldImage, resolved: ResolvedImage, image: OpenImage, files: LayerFiles
     ) -> None:
         self.held = held
         self.resolved = resolved
         self.open = image
-        self.blobs = blobs
+        self.files = files
         self.layers: list[AdditionalLayer] = []
         self.idle = 0
 

@@ -62,6 +62,11 @@ class Places:
         return self.root / "podman" / "layers.json"
 
     @property
+    def podman_layer_files(self) -> Path:
+        """Where the layer store keeps what it has made or fetched of layers."""
+        return self.root / "podman"
+
+    @property
     def log(self) -> Path:
         return self.state / "daemon.log"
 

@@ -2,13 +2,12 @@
 
 An image is open from the moment somebody asks for one of its layers until nobody uses any. It is
 found under the reference that podman pulls; what was found is on disk, and is served again after a
-restart without network. A layer's tree is made from the headers of the tars below it, once a node.
+restart without network.
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -16,30 +15,28 @@ from weakref import WeakValueDictionary
 
 import trio
 
-from index.erofs.reader import Image as Tree
 from index.errors import FirstByteError
-from index.layertree import OPAQUE, USER_OPAQUE
 from snapshotter.daemon.additional_layers import AdditionalLayer, LayeredImage, tables_of
+from snapshotter.daemon.layer_files import LayerFiles
 from snapshotter.fuse.view import MAX_SLOT, View
-from snapshotter.images.layer_trees import build_layer_trees
 from snapshotter.mounts import syscalls
 from snapshotter.mounts.errors import MountError
 from snapshotter.mounts.table import mount_at
 from snapshotter.nursery import open_nursery
-from snapshotter.podman import rootless
 from snapshotter.podman.graph_root import GraphRoot
 from snapshotter.podman.held import HeldImages
 from snapshotter.podman.layer_store import LayerStoreView, decode_reference, encode_reference
 from snapshotter.podman.storage_conf import find_storage_conf, read_storage_conf, usual_graph_root
 from snapshotter.podman.users import layers_below
 from snapshotter.podman.versions import may_answer_tables
-from snapshotter.store.durable import make_directory, remove_file, write_file
+from snapshotter.store.durable import make_directory
 from snapshotter.store.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
+    from index.erofs.reader import Image as Tree
     from snapshotter.daemon.images import Images
     from snapshotter.daemon.open_image import OpenImage
     from snapshotter.daemon.places import Places
@@ -79,14 +76,13 @@ class PodmanLayers:
         may_build: bool,
     ) -> None:
         """`may_build` as of `Images.acquire`. Raises StoreError."""
-        self._folder = places.root / "podman"
         self._store = places.podman_layers
+        self._image_store = places.podman_images
         self._views = views
         self._images = images
         self._nursery = nursery
         self._may_build = may_build
-        for directory in (self._trees, self._blobs):
-            make_directory(directory)
+        self._files = LayerFiles(places.podman_layer_files)
         self._held = HeldImages(places.podman_held)
         images.claims.append(self.claimed)
         self._open: list[LayeredImage] = []
@@ -95,14 +91,6 @@ class PodmanLayers:
         self._counting = trio.Lock()
         self._pinned: set[str] = set()
         self._view = LayerStoreView(name=VIEW_NAME.encode(), slot=_STORE_SLOT, layers=self)
-
-    @property
-    def _trees(self) -> Path:
-        return self._folder / "trees"
-
-    @property
-    def _blobs(self) -> Path:
-        return self._folder / "blobs"
 
     def claimed(self) -> dict[str, str]:
         """The images that are held, by their manifests' digests, and what podman calls them."""
@@ -115,6 +103,7 @@ class PodmanLayers:
         if not resumed:
             await trio.to_thread.run_sync(self._held.begin_mount)
         pinned = await trio.to_thread.run_sync(self._in_image_store)
+        all_open = True
         for held in self._held.images:
             unused = not any(held.counts) and held.reference not in pinned
             if unused and not resumed:  # else somebody may be about to use it
@@ -126,9 +115,12 @@ class PodmanLayers:
                 if unused:
                     await trio.to_thread.run_sync(self._held.remove, held)
                 else:
+                    all_open = False
                     log.error(
                         "%s has layers in podman that cannot be served: %s", held.reference, error
                     )
+        if all_open:  # else nobody knows which files are of the others
+            await self._files.keep_only(self._open)
 
     async def sweep_forever(self) -> None:
         """Close images that nobody uses any more."""
@@ -158,7 +150,7 @@ class PodmanLayers:
     def _in_image_store(self) -> set[str]:
         """The references of what the image store is about to pin again."""
         try:
-            images = GraphRoot(self._folder / "images").images()
+            images = GraphRoot(self._image_store).images()
             return {pinned_reference(image) for image in images if image.layers_at}
         except StoreError as error:
             log.warning("%s", error)
@@ -243,12 +235,12 @@ class PodmanLayers:
                 await self._images.release(image)
                 return False
             await self._images.keep(image)
-            await self._make_trees(image)
+            trees = await self._files.trees(image)
             with trio.CancelScope(shield=True):
                 held = await trio.to_thread.run_sync(
                     self._held.add, reference, resolved.descriptor.digest, len(image.layers)
                 )
-                await self._serve(held, resolved, image)
+                self._serve(held, resolved, image, trees)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._images.release(image)
@@ -268,19 +260,17 @@ class PodmanLayers:
             return False
         return named
 
-    async def _serve(
-        self, held: HeldImage, resolved: ResolvedImage, image: OpenImage
+    def _serve(
+        self, held: HeldImage, resolved: ResolvedImage, image: OpenImage, trees: Sequence[Tree]
     ) -> LayeredImage:
-        trees = await self._make_trees(image)
-        made = LayeredImage(held, resolved, image, self._blobs)
-        for number, path in enumerate(trees):
-            mapped = await trio.to_thread.run_sync(_map, path)
+        made = LayeredImage(held, resolved, image, self._files)
+        for number, tree in enumerate(trees):
             slot = _LAYER_SLOT - 2 * (held.number + number)
             view = View(
                 name=f"{VIEW_NAME}-{held.number + number}".encode(),
                 slot=slot,
                 reference=f"layer {number + 1} of {resolved.name}",
-                image=mapped,
+                image=tree,
                 layers=image.layers,
                 raw_size=0,
             )
@@ -295,25 +285,14 @@ class PodmanLayers:
     async def _serve_again(self, held: HeldImage) -> None:
         image = await self._images.open_known(held.manifest)
         try:
-            made = await self._serve(held, image.manifests[held.manifest], image)
+            trees = await self._files.trees(image)
         except BaseException:
             await self._images.release(image)
             raise
+        made = self._serve(held, image.manifests[held.manifest], image, trees)
         self._view.expect(
             held.reference, [digest for layer in made.layers for digest in layer.names]
         )
-
-    async def _make_trees(self, image: OpenImage) -> list[Path]:
-        """The files with the layers' trees, made if they are not there."""
-        digest = image.found.index.digest.hex()
-        paths = [self._trees / f"{digest}.{number}" for number in range(len(image.layers))]
-        there = await trio.to_thread.run_sync(lambda: all(path.exists() for path in paths))
-        if not there:
-            opaque = USER_OPAQUE if rootless.user() else OPAQUE
-            trees = await build_layer_trees(image.found.index, image.layers, opaque=opaque)
-            for path, tree in zip(paths, trees, strict=True):
-                await trio.to_thread.run_sync(write_file, path, [tree])
-        return paths
 
     async def _drop(self, image: LayeredImage) -> None:
         """Serve an image no more, if podman has nothing of it."""
@@ -328,16 +307,7 @@ class PodmanLayers:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._held.remove, image.held)
                 await self._hide(image)
-                await trio.to_thread.run_sync(self._remove_files, image)
-
-    def _remove_files(self, image: LayeredImage) -> None:
-        for layer in image.resolved.manifest.layers:
-            if not any(layer in other.resolved.manifest.layers for other in self._open):
-                remove_file(self._blobs / layer.digest.removeprefix("sha256:"))
-        index = image.open.found.index.digest
-        if not any(other.open.found.index.digest == index for other in self._open):
-            for number in range(len(image.layers)):
-                remove_file(self._trees / f"{index.hex()}.{number}")
+                await self._files.remove(image, self._open)
 
     async def _hide(self, image: LayeredImage) -> None:
         self._open.remove(image)
@@ -395,11 +365,6 @@ async def _pass_refusal(image: LayeredImage) -> None:
     await image.open.settled.wait()
     for layer in image.layers:
         layer.tree.refusal = image.open.view.refusal
-
-
-def _map(path: Path) -> Tree:
-    with path.open("rb") as file:
-        return Tree(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
 
 
 def _graph_roots() -> set[Path]:

@@ -159,6 +159,11 @@ def test_a_container_is_used_as_any(served: Instance, old: Podman, app: str) -> 
 def test_what_is_there_without_a_daemon_does_not_break_podman(
     served: Instance, old: Podman, app: str
 ) -> None:
+    """Nor does anything stay that was kept for images that podman has removed meanwhile."""
+    old.succeed("pull", "-q", app)
+    old.succeed("save", "-q", "-o", old.base / "saved.tar", app)
+    old.succeed("rmi", app)
+    assert list((served.root / "podman/blobs").iterdir())
     served.succeed("daemon", "--stop")
     wait_until(lambda: not served.has_daemon())
     assert list((served.root / "podman/layers").iterdir()) == []
@@ -166,6 +171,8 @@ def test_what_is_there_without_a_daemon_does_not_break_podman(
     assert unpulled(old) == 0
     assert old.succeed("run", "--rm", app) == "third"
     served.start()
+    for folder in ("blobs", "trees"):
+        assert list((served.root / "podman" / folder).iterdir()) == []
 
 
 def test_layers_are_served_again_after_a_restart(served: Instance, old: Podman, app: str) -> None:
