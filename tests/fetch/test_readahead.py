@@ -6,12 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapshotter.fetch.readahead import (
+    CREDIT,
     FIRST_NEIGHBOURS,
     FIRST_WINDOW,
     LARGEST_WINDOW,
     MAX_STREAMS,
-    MOST_IN_VAIN,
     NEIGHBOURS,
+    WORTH,
     Neighbours,
     SequentialReaders,
 )
@@ -56,7 +57,7 @@ def test_what_follows_a_chunk_that_is_waited_for_is_guessed() -> None:
 def test_who_reads_it_gets_more_the_next_time() -> None:
     neighbours = Neighbours()
     count = FIRST_NEIGHBOURS
-    for chunk in range(0, 1000, 100):
+    for chunk in range(0, 400, 100):
         assert neighbours.guess(chunk) == range(chunk + 1, chunk + 1 + count)
         neighbours.read(chunk + 1)
         count = min(2 * count + 1, NEIGHBOURS)
@@ -68,9 +69,21 @@ def test_who_never_reads_what_was_guessed_is_at_random_places() -> None:
     guesses = []
     for chunk in far:
         neighbours.read(chunk)
-        guesses.append(neighbours.guess(chunk))
-    assert [bool(guess) for guess in guesses[: MOST_IN_VAIN + 1]] == [True] * MOST_IN_VAIN + [False]
-    assert not any(guesses[MOST_IN_VAIN:])
+        guesses.append(len(neighbours.guess(chunk)))
+    assert CREDIT - 2 < sum(guesses) <= CREDIT
+    assert not any(guesses[CREDIT:])
+
+
+def test_who_reads_at_random_across_two_chunks_is_so_too() -> None:
+    neighbours = Neighbours()
+    guesses = []
+    for chunk in range(0, 1000 * NEIGHBOURS, 2 * NEIGHBOURS):
+        neighbours.read(chunk)
+        guesses.append(len(neighbours.guess(chunk)))
+        if chunk % (4 * NEIGHBOURS) == 0:
+            neighbours.read(chunk + 1)
+    assert sum(guesses) < len(guesses) * WORTH / 2 + CREDIT
+    assert sum(guesses) < len(guesses) * NEIGHBOURS / 2
 
 
 def test_one_that_was_guessed_right_makes_up_for_others() -> None:
@@ -78,8 +91,24 @@ def test_one_that_was_guessed_right_makes_up_for_others() -> None:
     for chunk in range(0, 1000 * NEIGHBOURS, 2 * NEIGHBOURS):
         neighbours.read(chunk)
         assert neighbours.guess(chunk)
-        if chunk % (8 * NEIGHBOURS) == 0:
+        if chunk % (4 * NEIGHBOURS) == 0:
             neighbours.read(chunk + 3)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.booleans()), max_size=200))
+def test_no_more_is_guessed_in_vain_than_was_earned(reads: list[tuple[int, bool]]) -> None:
+    neighbours = Neighbours()
+    waiting: set[int] = set()
+    guessed = right = 0
+    for chunk, absent in reads:
+        neighbours.read(chunk)
+        right += chunk in waiting
+        waiting.discard(chunk)
+        if absent:
+            guess = neighbours.guess(chunk)
+            guessed += len(guess)
+            waiting.update(guess)
+    assert guessed <= CREDIT + WORTH * right
 
 
 def test_after_the_start_nothing_is_guessed() -> None:

@@ -196,8 +196,6 @@ class _Build:
             command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(target)]
             command += ["--no-warn-script-location", "--disable-pip-version-check"]
             command += ["--python-version=3.11", "--only-binary=:all:", *requirements]
-            if self._recipe.pip_index:
-                command.append(f"--extra-index-url={self._recipe.pip_index}")
             self._workspace.run(
                 command,
                 seconds=_PIP_SECONDS,

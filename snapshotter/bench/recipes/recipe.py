@@ -21,13 +21,12 @@ class Recipe(
     """An image, layer by layer: Debian's base system, each of `packages` (lists of packages), each
     of `pip` (lists of requirements), a file of `data_mb` incompressible megabytes, and `files`.
 
-    `pip_index` is where pip looks in addition. With `split` the last layer of packages is cut into
-    so many. The rest is the image's configuration.
+    With `split` the last layer of packages is cut into so many. The rest is the image's
+    configuration.
     """
 
     packages: list[list[str]] = []
     pip: list[list[str]] = []
-    pip_index: str = ""
     data_mb: int = 0
     files: list[MadeFile] = []
     split: int = 1
