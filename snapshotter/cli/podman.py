@@ -72,7 +72,9 @@ def add(
     The image stays until firstbyte podman rm, across restarts. A tag that has moved since is
     followed when the command is repeated. A daemon is started if none runs.
     """
-    act_as_root(places_of(root, state))
+    places = places_of(root, state)
+    act_as_root(places)
+    _require_shared_namespace(places)
     request = protocol.PodmanAddRequest(
         reference=absolute_layout(reference),
         platform=platform or "",
@@ -152,6 +154,18 @@ def ls(root: Path | None, state: Path | None, as_json: bool) -> None:
     for image in images:
         names = ", ".join(image.names) or "without a name"
         click.echo(f"{image.id[:12]} {names}: {progress_of(image)}")
+
+
+def _require_shared_namespace(places: Places) -> None:
+    """podman, which this command is for, sees what the daemon mounts. Raises DaemonError."""
+    if rootless.user() is None:
+        return
+    status = client.ask(places, protocol.StatusRequest(), start=None)
+    if isinstance(status, protocol.Status) and not rootless.is_same_namespace(status.pid):
+        raise DaemonError(
+            "podman has a new namespace, and does not see what the daemon mounts",
+            hint="systemctl --user restart firstbyte, or firstbyte daemon --replace",
+        )
 
 
 def _graph_roots() -> list[str]:

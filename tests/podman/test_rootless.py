@@ -12,7 +12,7 @@ import pytest
 
 from snapshotter.podman.graph_root import GraphRoot
 from tests.support.registry import PASSWORD, USERNAME, docker_registry
-from tests.support.rootless import Somebody, somebody
+from tests.support.rootless import Somebody, give_to_somebody, somebody
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -133,6 +133,50 @@ def test_mounts_are_for_podman_alone(user: Somebody, app: str) -> None:
     assert user.podman.succeed(*rootfs) == "third"
     assert not (target / "etc").exists()
     user.unshare("umount", target)
+
+
+def test_what_a_user_builds_saves_prunes_and_resets(
+    user: Somebody, app: str, other: str, registry: RunningRegistry
+) -> None:
+    user.succeed("podman", "add", app)
+    user.succeed("podman", "add", "--layers", other)
+    folder, podman = user.home / "context", user.podman
+    folder.mkdir()
+    built = {app: "localhost/upon-app:1", other: registry.reference("elsewhere/upon-other")}
+    for image, name in built.items():
+        (folder / "Dockerfile").write_text(f"FROM {image}\nRUN ls /bin/cat > /etc/name\n")
+        give_to_somebody(folder, *folder.iterdir())
+        podman.succeed("build", "-q", "-t", name, folder)
+        assert podman.succeed("run", "--rm", name, "/bin/cat", "/etc/name") == "/bin/cat"
+        assert f"image {name}" in user.fail("podman", "rm", image)
+    saved = ("save", "-q", "-o")
+    for number, image in enumerate((app, built[app])):
+        refusal = podman.fail(*saved, user.home / f"refused-{number}.tar", image)
+        assert "Digest did not match" in refusal
+    podman.succeed(*saved, user.home / "other.tar", other)
+    podman.succeed(*saved, user.home / "upon-other.tar", built[other])
+    podman.succeed("push", "-q", built[other])
+    assert podman.succeed("image", "prune", "-af")
+    assert sorted(podman.images()) == sorted((app, other))
+    podman.succeed("load", "-q", "-i", user.home / "upon-other.tar")
+    assert podman.succeed("run", "--rm", built[other], "/bin/cat", "/etc/name") == "/bin/cat"
+    podman.succeed("system", "prune", "-af")
+    for image, name in ((app, "third"), (other, "of the other")):
+        assert podman.succeed("run", "--rm", "--pull=never", image) == name
+        assert "read-only" in podman.fail("rmi", image)
+    podman.succeed("create", "--name", "one", other)
+    podman.settle()
+    podman.succeed("system", "reset", "-f")
+    for image in (app, other):  # in new namespaces, in which nothing is mounted
+        assert "no such file or directory" in podman.fail("run", "--rm", "--pull=never", image)
+    refusal = user.fail("podman", "add", app)
+    assert "podman has a new namespace" in refusal
+    assert "systemctl --user restart firstbyte" in refusal
+    user.start("--replace")
+    assert sorted(podman.images()) == sorted((app, other))
+    for image, name in ((app, "third"), (other, "of the other")):
+        assert podman.succeed("run", "--rm", "--pull=never", image) == name
+    assert podman.succeed("run", "--rm", built[other], "/bin/cat", "/etc/name") == "/bin/cat"
 
 
 def test_a_daemon_follows_podman_to_new_namespaces(user: Somebody, app: str) -> None:

@@ -30,7 +30,9 @@ _WITH_CONTAINER = {"run", "create", "build"}
 
 
 class Podman:
-    """A podman whose storage is in `base`, a short path."""
+    """A podman whose storage is in `base`, a short path. What it mounts is seen below `seen`."""
+
+    seen = Path("/")
 
     def __init__(self, version: Version, base: Path, prefix: Sequence[str]) -> None:
         self.version = version
@@ -100,6 +102,10 @@ class Podman:
         assert done.returncode != 0, done.stdout
         return done.stderr
 
+    def tree(self, container: str) -> Path:
+        """The root directory of a container, mounted."""
+        return self.seen / self.succeed("mount", container).lstrip("/")
+
     def images(self) -> dict[str, dict[str, Any]]:
         """What `podman images` knows, by each name."""
         listed = json.loads(self.succeed("images", "--format", "json"))
@@ -156,6 +162,7 @@ def podman(
         return
     with entered(_SUITES[version], [base, *binds]) as root:
         made = Podman(version, base, root.prefix)
+        made.seen = Path(f"/proc/{root.pid}/root")
         try:
             yield made
         finally:
