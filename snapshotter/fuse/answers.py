@@ -68,6 +68,7 @@ class Answers:
             Opcode.OPENDIR: self._opendir,
             Opcode.READDIRPLUS: self._readdirplus,
             Opcode.RELEASEDIR: self._release,
+            Opcode.IOCTL: self._ioctl,
         }
 
     def answer(self, opcode: int, unique: int, nodeid: int, body: memoryview) -> bytes | None:
@@ -148,6 +149,10 @@ class Answers:
 
     def _forget(self, unique: int, nodeid: int, body: memoryview) -> bytes:
         return NO_REPLY
+
+    def _ioctl(self, unique: int, nodeid: int, body: memoryview) -> bytes:
+        """None is known here. Python asks whether it is a terminal of each file that it opens."""
+        return wire.error_reply(unique, errno.ENOTTY)
 
     def _readdirplus(self, unique: int, nodeid: int, body: memoryview) -> bytes | None:
         view = self.view(nodeid)

@@ -52,6 +52,7 @@ class Opcode(enum.IntEnum):
     RELEASEDIR = 29
     CREATE = 35
     INTERRUPT = 36
+    IOCTL = 39
     BATCH_FORGET = 42
     READDIRPLUS = 44
 

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import struct
+import termios
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +148,14 @@ async def test_the_kernel_is_told_not_to_ask_before_it_opens(view: View, opcode:
     async with relaying(view) as played:
         unique = await played.ask(opcode, number_of(view), body)
         assert await played.reply() == (unique, errno.ENOSYS, b"")
+
+
+async def test_whether_a_file_is_a_terminal_is_answered_at_once(view: View) -> None:
+    """Python asks that of each module that it opens."""
+    body = struct.pack("=QIIQII", 0, 0, termios.TCGETS, 0, 0, 0)
+    async with relaying(view) as played:
+        unique = await played.ask(Opcode.IOCTL, number_of(view), body)
+        assert await played.reply() == (unique, errno.ENOTTY, b"")
 
 
 @pytest.mark.parametrize(("opcode", "flags"), [(Opcode.OPEN, 2), (Opcode.OPENDIR, 2 | 8)])
