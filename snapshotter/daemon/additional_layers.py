@@ -131,10 +131,9 @@ class LayeredImage:
         self.idle = 0
 
     def number_of(self, digest: str) -> int | None:
-        for number, layer in enumerate(self.layers):
-            if digest in layer.names:
-                return number
-        return None
+        """Where a layer is; not if it is there twice, since overlayfs takes no directory twice."""
+        numbers = [number for number, layer in enumerate(self.layers) if digest in layer.names]
+        return numbers[0] if len(numbers) == 1 else None
 
 
 def tables_of(layer: Descriptor) -> list[str]:

@@ -17,6 +17,7 @@ import trio
 
 from index.errors import FirstByteError
 from snapshotter.daemon.additional_layers import AdditionalLayer, LayeredImage, tables_of
+from snapshotter.daemon.errors import DaemonError
 from snapshotter.daemon.layer_files import LayerFiles
 from snapshotter.fuse.view import MAX_SLOT, View
 from snapshotter.mounts import syscalls
@@ -134,6 +135,11 @@ class PodmanLayers:
     async def pin(self, reference: str, resolved: ResolvedImage) -> Path:
         """Serve all layers of an image that is known on this node by this reference, which has its
         digest, until `unpin`. Returns the image's directory in the store. Raises FirstByteError."""
+        if _twice(resolved):
+            raise DaemonError(
+                f"{resolved.name} has a layer twice, and overlayfs takes no directory twice",
+                hint="add it without --layers",
+            )
         async with self._lock(reference):
             if not any(image.held.reference == reference for image in self._open):
                 await self._acquire(reference, resolved.manifest.layers[0].digest)
@@ -248,6 +254,8 @@ class PodmanLayers:
         return True
 
     async def _may_have(self, resolved: ResolvedImage, digest: str) -> bool:
+        if digest in _twice(resolved):
+            raise DaemonError("the image has it twice, and overlayfs takes no directory twice")
         if any(digest == layer.digest for layer in resolved.manifest.layers):
             return True
         named = any(digest in tables_of(layer) for layer in resolved.manifest.layers)
@@ -345,6 +353,12 @@ def pinned_reference(image: Image) -> str:
 def is_shown(places: Places) -> bool:
     """Whether a predecessor has left the store to us."""
     return mount_at(places.podman_layers) is not None
+
+
+def _twice(resolved: ResolvedImage) -> set[str]:
+    """The layers that an image has more than once."""
+    digests = [layer.digest for layer in resolved.manifest.layers]
+    return {digest for digest in digests if digests.count(digest) > 1}
 
 
 def _bind(places: Places) -> None:

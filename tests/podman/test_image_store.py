@@ -248,12 +248,16 @@ def test_images_with_their_own_layers_share_them(
     assert any_podman.succeed("run", "--rm", built) == "big"
 
 
-def test_layers_are_not_shown_where_there_are_none_to_be_pushed(
+def test_layers_are_not_shown_where_podman_could_not_push_or_mount_them(
     here: Instance, registry: RunningRegistry, tmp_path: Path
 ) -> None:
+    """There are none, or one is there twice, which overlayfs refuses."""
     write_layout(tmp_path / "layout", [])
     skopeo_push(tmp_path / "layout", registry.reference("empty"))
-    for reference in (f"oci:{tmp_path}/layout", registry.reference("empty")):
+    write_layout(tmp_path / "twice", [tar(file(b"one", b"1")), tar(), tar()])
+    skopeo_push(tmp_path / "twice", registry.reference("twice"))
+    names = [registry.reference(name) for name in ("empty", "twice")]
+    for reference in (f"oci:{tmp_path}/layout", *names):
         assert "add it without --layers" in here.fail("podman", "add", "--layers", reference)
     assert listed(here) == []
 

@@ -16,9 +16,10 @@ import pytest
 
 from tests.support.instance import Instance, greeter, wait_until
 from tests.support.podman import Podman, podman
+from tests.support.tars import file, tar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.support.registry import RunningRegistry
@@ -127,6 +128,17 @@ def test_images_that_share_layers(served: Instance, old: Podman, app: str, other
     old.succeed("rmi", other)
     assert counts(served)[app] == [0, 0, 0]
     assert not any(counts(served)[other])
+
+
+def test_a_layer_that_an_image_has_twice_is_podmans(
+    served: Instance, old: Podman, make_image: Callable[..., str]
+) -> None:
+    twice = make_image("twice", tar(file(b"etc/name", b"of two")), tar(), tar())
+    old.succeed("pull", "-q", twice)
+    assert unpulled(old) == 2
+    assert old.succeed("run", "--rm", twice) == "of two"
+    old.succeed("rmi", twice)
+    assert not any(counts(served)[twice])
 
 
 def test_an_image_stays_while_a_container_uses_it(served: Instance, old: Podman, app: str) -> None:
