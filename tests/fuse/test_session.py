@@ -217,10 +217,10 @@ def test_a_request_that_the_kernel_takes_back_harms_nobody(
     monkeypatch.setattr(trio.lowlevel, "wait_readable", fooled)
     files, raw = packed({b"%d" % number: b"content" * number for number in range(100)})
     layer = MemoryLayer(raw, local=False)
-    with served(fs, view_of(directory(files), [layer])), ThreadPoolExecutor(8) as readers:
-        paths = [fs / "image" / str(number) for number in range(100)]
-        assert list(readers.map(Path.read_bytes, paths)) == [b"content" * n for n in range(100)]
-    assert waits > 100
+    while waits <= 100:  # a busy machine has the next request before it could be waited for
+        with served(fs, view_of(directory(files), [layer])), ThreadPoolExecutor(8) as readers:
+            paths = [fs / "image" / str(number) for number in range(100)]
+            assert list(readers.map(Path.read_bytes, paths)) == [b"content" * n for n in range(100)]
 
 
 @pytest.fixture
