@@ -7,15 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from snapshotter.demo.workspace import marked_processes, mounts_below
+from tests.support.cgroups import cgroups_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 pytestmark = pytest.mark.root
 
@@ -87,4 +88,4 @@ def test_it_ends_when_its_whole_group_is_told_so(
     assert not workspace.exists()
     assert mounts_below(workspace) == []
     assert marked_processes(workspace) == []
-    assert list(Path("/sys/fs/cgroup").glob(f"**/{workspace.name}*")) == []
+    assert cgroups_named(workspace.name) == []
