@@ -146,12 +146,11 @@ class Instance:
         found = []
         for line in Path("/proc/net/unix").read_bytes().splitlines():
             if line.endswith(b" " + address):
-                inode = line.split()[6]
-                found += [
-                    int(link.parts[2])
-                    for link in Path("/proc").glob("[0-9]*/fd/*")
-                    if _target(link) == b"socket:[" + inode + b"]"
-                ]
+                end = b"socket:[" + line.split()[6] + b"]"
+                for folder in Path("/proc").glob("[0-9]*"):
+                    with suppress(OSError):  # it has just ended
+                        if any(_target(link) == end for link in (folder / "fd").iterdir()):
+                            found.append(int(folder.name))
         return sorted(set(found) - {process.pid for process in self.started})
 
     def clean(self) -> None:
