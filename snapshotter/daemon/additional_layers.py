@@ -98,9 +98,8 @@ class AdditionalLayer:
             with trio.CancelScope(shield=True):
                 await trio.Path(unfinished).unlink(missing_ok=True)
             raise
-        await trio.to_thread.run_sync(
-            sync_file, unfinished
-        )  # what has its name is never verified again
+        # What has its name is never verified again.
+        await trio.to_thread.run_sync(sync_file, unfinished)
         await trio.Path(unfinished).rename(path)
 
     async def _download(self, path: Path) -> None:

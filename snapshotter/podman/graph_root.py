@@ -134,7 +134,7 @@ class GraphRoot:
             for directory, kind in ((self._images, "images"), (self._layers, "layers")):
                 if not (directory / f"{kind}.json").exists():
                     self._write(directory, kind, [])
-            for image in self._read(self._withdrawn, Image):
+            for image in self._read(self._withdrawn, list[Image]):
                 self._restore(image)
             self._sweep()
 
@@ -212,14 +212,14 @@ class GraphRoot:
         return self._images / "withdrawn.json"
 
     def _read_images(self) -> list[Image]:
-        return self._read(self._images / "images.json", Image)
+        return self._read(self._images / "images.json", list[Image])
 
     def _read_layers(self) -> list[Layer]:
-        return self._read(self._layers / "layers.json", Layer)
+        return self._read(self._layers / "layers.json", list[Layer])
 
-    def _read(self, path: Path, kind: type[_Record]) -> list[_Record]:
+    def _read(self, path: Path, kind: type[list[_Record]]) -> list[_Record]:
         try:
-            return msgspec.json.decode(path.read_bytes(), type=list[kind])  # type: ignore[valid-type]
+            return msgspec.json.decode(path.read_bytes(), type=kind)
         except FileNotFoundError:
             return []
         except OSError as error:
