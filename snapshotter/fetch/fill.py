@@ -134,6 +134,11 @@ class ImageFill:
         """Ask once for all that is missing. Raises IntegrityError after a quarantine."""
         self._windows.clear()
         self._proven = {layer for layer in self._proven if layer.stored.complete}
+        if here := [one for one in self._layers if one.stored.complete and one not in self._proven]:
+            # Proven before, perhaps for another image that has the layer.
+            self._proven.update(
+                await trio.to_thread.run_sync(lambda: [one for one in here if one.stored.proven])
+            )
         for layer in self._layers:
             table = layer.table
             # A stream with one seek point is fetched front to back in one run.

@@ -42,6 +42,10 @@ def must_not_quarantine(layer: LazyLayer, error: IntegrityError) -> None:
     raise AssertionError(error)
 
 
+def must_not_hash(stored: StoredLayer, hasher: hashlib._Hash, start: int, end: int) -> None:
+    raise AssertionError(stored)
+
+
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fill_module, "FIRST_PAUSE", 0.01)
@@ -183,7 +187,9 @@ async def test_layers_are_hashed_while_the_rest_is_on_its_way(
     assert len(hashed) == len(set(hashed)) == 2 + 7
 
 
-async def test_what_is_local_already_is_not_fetched(node: Node) -> None:
+async def test_what_is_local_already_is_neither_fetched_nor_hashed(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lazy, source = node.mount(LAYERS[1])
     await lazy.read(3 * CHUNK_SIZE, 1)
     before = source.served
@@ -192,6 +198,7 @@ async def test_what_is_local_already_is_not_fetched(node: Node) -> None:
     assert source.served > before
     again, source = node.mount(LAYERS[1])
     fill = ImageFill([again], node.scheduler, quarantine=must_not_quarantine)
+    monkeypatch.setattr(StoredLayer, "hash_raw", must_not_hash)
     await fill.run()
     assert fill.fully_local.is_set()
     assert source.requests == []
