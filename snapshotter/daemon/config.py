@@ -167,8 +167,9 @@ class MountsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Literal["auto", "erofs", "fuse"],
         described(
             '`"fuse"`: the daemon answers for every file and directory. `"erofs"`: the kernel '
-            "reads the tree itself and asks the daemon for data alone, and for nothing once the "
-            'image is fully local; needs Linux 6.12. `"auto"`: the best that works here.'
+            "reads the tree itself and asks the daemon for data alone, and not for that of layers "
+            "that were on the node when it was mounted; needs Linux 6.12. "
+            '`"auto"`: the best that works here.'
         ),
     ] = "auto"
 

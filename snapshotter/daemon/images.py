@@ -286,7 +286,7 @@ class Images:
                 self._completion.run, image, Spool(self._root, self._store.space)
             )
             if image.is_whole:
-                self._startups.begin(image, None, None, replay=True)
+                self._startups.begin(image, None, replay=True)
         self._restored.clear()
 
     async def keep_small(self) -> None:
@@ -319,7 +319,10 @@ class Images:
         if image.view.refusal is not None:
             raise image.view.refusal
         return await self._showing.directory(
-            image.shown, local=image.local, wanted=wanted or self._mode
+            image.shown,
+            local=image.local,
+            seen=await self._startups.must_see(image),
+            wanted=wanted or self._mode,
         )
 
     def having(self, digest: str) -> OpenImage | None:
@@ -446,7 +449,7 @@ class Images:
                 if fill and whole:
                     pack = expected.claim(found) if expected is not None else None
                     # A spool that was not poured yet has all that could be brought.
-                    self._startups.begin(image, recorder, pack, replay=spool.empty)
+                    self._startups.begin(image, pack, replay=spool.empty)
                 return image
             image.users += 1
         spool.close()

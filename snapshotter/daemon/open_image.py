@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from snapshotter.daemon.showing import Shown
     from snapshotter.fetch.fill import ImageFill
     from snapshotter.fetch.layer import LazyLayer
+    from snapshotter.fetch.startup import StartupRecorder
     from snapshotter.fetch.trace import StartTrace
     from snapshotter.fuse.view import View
     from snapshotter.images.discovery import FoundIndex
@@ -22,7 +23,8 @@ class OpenImage:
     `manifests` are those that it is the image of, by digest: they may differ in anything but their
     layers. `settled` is set when the background fill has ended: all of the image is here, or it is
     in quarantine, or it was closed. When some of it is evicted later, `diminished` is set, and both
-    events give way to new ones. `starting` is the scope of what is done for a start.
+    events give way to new ones. `starting` is the scope of what is done for a start, whose first
+    touches go to `recorder`, if they are recorded.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class OpenImage:
         layers: list[LazyLayer],
         fill: ImageFill,
         trace: StartTrace,
+        recorder: StartupRecorder | None,
         *,
         plain_http: bool,
         local: bool,
@@ -45,6 +48,7 @@ class OpenImage:
         self.layers = layers
         self.fill = fill
         self.trace = trace
+        self.recorder = recorder
         self.plain_http = plain_http
         self.users = 1
         self.settled = trio.Event()

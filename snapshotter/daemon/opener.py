@@ -115,6 +115,7 @@ class Opener:
             layers,
             fill,
             trace,
+            recorder,
             plain_http=plain_http,
             local=local,
         )

@@ -2,8 +2,13 @@
 
 Every view is in the FUSE mount, where the daemon serves its tree, and beside it are the flat files
 that the kernel's EROFS takes: its EROFS image, and the raw space of each layer. EROFS mounts are
-made when somebody wants one, at `<state>/views`. When an image is fully local, those who come from
-then on get a mount on the store's own files; the others keep what they have.
+made when somebody wants one, at `<state>/views`. Of layers that are here and proven by then the
+kernel gets the store's own files instead, and asks us for nothing of theirs for as long as the
+mount lives. When an image is fully local, those who come from then on get a mount that needs us for
+nothing at all; the others keep what they have.
+
+What the kernel reads from the disk nobody sees, and nobody refuses: see `Showing.directory` and
+`Showing.refuse`.
 """
 
 from __future__ import annotations
@@ -44,6 +49,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from index.file import FileIndex
+    from index.tables import LayerTable
     from snapshotter.daemon.places import Places
     from snapshotter.daemon.records import Records, ViewRecord
     from snapshotter.fetch.layer import LazyLayer
@@ -97,7 +103,9 @@ class SharedSpace:
 class Shown:
     """One image in the FUSE mount. Made by `Showing`.
 
-    `why` says in one line why it is not shown in a better mode, or is empty.
+    `why` says in one line why it is not shown in a better mode, or is empty. `from_disk` is how
+    many layers the kernel's EROFS reads from the store's files, in the mount that has its tree here
+    (mode EROFS) and that this process has made.
     """
 
     def __init__(
@@ -111,6 +119,7 @@ class Shown:
         self.mounted: dict[Mode, Path] = {}
         self.holding = ExitStack()
         self.why = ""
+        self.from_disk = 0
         self.lock = trio.Lock()
 
     @property
@@ -169,7 +178,7 @@ class Showing:
         layers: Sequence[LazyLayer],
         record: Callable[[list[str]], ViewRecord],
     ) -> Shown:
-        raw_names = [table.content_key.hex() + _RAW for table in index.layers]
+        raw_names = [_raw_name(table) for table in index.layers]
         names = list(dict.fromkeys([name, name + _IMAGE, *raw_names]))
         slots = await trio.to_thread.run_sync(self._records.open_view, name, record(names))
 
@@ -197,26 +206,31 @@ class Showing:
         return Shown(index, tree, flat, layers)
 
     async def directory(
-        self, shown: Shown, *, local: bool, wanted: Mode | None
+        self, shown: Shown, *, local: bool, seen: bool, wanted: Mode | None
     ) -> tuple[Mode, Path]:
         """Where to find an image, in the mode that is `wanted` or else in the best there is.
 
-        `local` says that all of it is on this node, and proven. Raises MountError if it cannot be
-        shown in the mode that is wanted.
+        `local` says that all of it is on this node, and proven. `seen` keeps the kernel from
+        reading single layers from the disk, because its reads are to be recorded. Raises MountError
+        if it cannot be shown in the mode that is wanted.
         """
         async with shown.lock:
             if wanted is not None:
-                return wanted, await self._directory(shown, wanted)
+                return wanted, await self._directory(shown, wanted, seen=seen)
             shown.why = "" if local else "not all of it is on this node yet"
             for mode in (Mode.NATIVE, Mode.EROFS) if local else (Mode.EROFS,):
                 try:
-                    return mode, await self._directory(shown, mode)
+                    directory = await self._directory(shown, mode, seen=seen)
                 except _CannotError as error:
                     shown.why = str(error)
                 except MountError as error:
                     log.warning("%s cannot be shown in mode %s: %s", shown.name, mode.value, error)
                     shown.why = str(error)
-            return Mode.FUSE, await self._directory(shown, Mode.FUSE)
+                else:
+                    if mode is Mode.EROFS and (count := shown.from_disk):
+                        shown.why += f"; {count} of {len(shown.layers)} layers come from the disk"
+                    return mode, directory
+            return Mode.FUSE, await self._directory(shown, Mode.FUSE, seen=seen)
 
     async def flat_files(self, shown: Shown) -> Sequence[Path]:
         """What the kernel's EROFS reads the layers of an image from, while not all of it is here.
@@ -228,8 +242,7 @@ class Showing:
             await self._mounter(Mode.EROFS, len(shown.layers))
         except _CannotError:
             return ()
-        _, files = await self._files(shown, Mode.EROFS)
-        return files
+        return [self._flat_file(layer) for layer in shown.layers]
 
     async def settle(self) -> None:
         """Let the kernel learn that we need not be told of files being closed (FLUSH).
@@ -302,7 +315,7 @@ class Showing:
         shown.holding.close()
         gone = [shown.view, shown.flat]
         for layer in shown.layers:
-            entry = layer.table.content_key.hex() + _RAW
+            entry = _raw_name(layer.table)
             flat, space = self._spaces[entry]
             space.layers.remove(layer)
             if not space.layers:
@@ -314,29 +327,66 @@ class Showing:
             session.forget_name(view.name)
 
     def refuse(self, shown: Shown, error: FirstByteError) -> None:
-        """Let every read of an image fail from now on, as far as the kernel asks."""
+        """Let every read of an image fail from now on, as far as the kernel asks.
+
+        It does not ask for what it has in memory, nor for layers that it reads from the disk. Their
+        bytes were proven to be those that the image names; what its file index may have lied about
+        is where in the tree they are, and the tree is asked of us.
+        """
         shown.view.refusal = shown.flat.refusal = error
         for layer in shown.layers:
-            flat, space = self._spaces[layer.table.content_key.hex() + _RAW]
+            flat, space = self._spaces[_raw_name(layer.table)]
             if all(other in shown.layers for other in space.layers):
                 flat.refusal = error
 
-    async def _directory(self, shown: Shown, mode: Mode) -> Path:
+    async def _directory(self, shown: Shown, mode: Mode, *, seen: bool) -> Path:
         if mode is Mode.FUSE:
             return self._places.mount / shown.name
         if mode not in shown.mounted:
             mount = await self._mounter(mode, len(shown.layers))
-            image, devices = await self._files(shown, mode)
             point = self._mount_point(shown, mode)
-            with ExitStack() as holding:
-                if mode is Mode.NATIVE:  # the kernel would see zeros where something was evicted
-                    holding.enter_context(held(layer.stored for layer in shown.layers))
-                    if not all(layer.stored.complete for layer in shown.layers):
-                        raise MountError("some of it is not on this node any more")
-                await trio.to_thread.run_sync(_mount, mount, image, devices, point)
-                shown.holding.push(holding.pop_all())
+            if mode is Mode.NATIVE:
+                await self._mount_native(shown, mount, point)
+            else:
+                await self._mount_erofs(shown, point, seen=seen)
             shown.mounted[mode] = point
         return shown.mounted[mode]
+
+    async def _mount_native(self, shown: Shown, mount: Mounter, point: Path) -> None:
+        image = await trio.to_thread.run_sync(self._write_tree, shown.index)
+        devices = [layer.stored.raw_path for layer in shown.layers]
+        with ExitStack() as holding:  # the kernel would see zeros where something was evicted
+            holding.enter_context(held(layer.stored for layer in shown.layers))
+            if not all(layer.stored.complete for layer in shown.layers):
+                raise MountError("some of it is not on this node any more")
+            await trio.to_thread.run_sync(_mount, mount, image, devices, point)
+            shown.holding.push(holding.pop_all())
+
+    async def _mount_erofs(self, shown: Shown, point: Path, *, seen: bool) -> None:
+        """The tree is asked of us, and what is not proven to be here."""
+        can = await self.capabilities()
+        with ExitStack() as holding:
+            on_disk: Sequence[LazyLayer] = ()
+            if not (seen or can.file_backed):
+                on_disk = await trio.to_thread.run_sync(_hold_proven, shown.layers, holding)
+            devices = [
+                layer.stored.raw_path if layer in on_disk else self._flat_file(layer)
+                for layer in shown.layers
+            ]
+            # Above FUSE, `direct` is the worst there is: see `mounts/erofs.py`.
+            direct = len(on_disk) == len(devices) and not can.direct
+            mount = partial(mount_erofs, direct=direct)
+            image = self._places.mount / f"{shown.name}{_IMAGE}"
+            if await trio.to_thread.run_sync(_mount, mount, image, devices, point):
+                shown.from_disk = len(on_disk)
+                shown.holding.push(holding.pop_all())
+                log.info(
+                    "%s is mounted: %d of %d layers come from the disk",
+                    shown.view.reference,
+                    len(on_disk),
+                    len(devices),
+                )
+            # What a predecessor's mount reads from the disk, the kernel knows: `store/leases.py`.
 
     async def _mounter(self, mode: Mode, layers: int) -> Mounter:
         """How to mount in a mode. Raises _CannotError if this kernel cannot."""
@@ -356,17 +406,28 @@ class Showing:
             return mount_erofs_on_loops
         return mount_erofs
 
-    async def _files(self, shown: Shown, mode: Mode) -> tuple[Path, list[Path]]:
-        """A view's EROFS image and its devices, over FUSE or in the store."""
-        if mode is Mode.EROFS:
-            names = [layer.table.content_key.hex() + _RAW for layer in shown.layers]
-            root = self._places.mount
-            return root / f"{shown.name}{_IMAGE}", [root / name for name in names]
-        image = await trio.to_thread.run_sync(self._write_tree, shown.index)
-        return image, [layer.stored.raw_path for layer in shown.layers]
+    def _flat_file(self, layer: LazyLayer) -> Path:
+        return self._places.mount / _raw_name(layer.table)
 
     def _mount_point(self, shown: Shown, mode: Mode) -> Path:
         return self._places.views / (shown.name + (_NATIVE if mode is Mode.NATIVE else ""))
+
+
+def _raw_name(table: LayerTable) -> str:
+    return table.content_key.hex() + _RAW
+
+
+def _hold_proven(layers: Sequence[LazyLayer], holding: ExitStack) -> Sequence[LazyLayer]:
+    """Those of the layers of which all is here, and is what the image names. Of them nothing is
+    evicted until `holding` is closed."""
+    found = []
+    for layer in layers:
+        with ExitStack() as stack:
+            stack.enter_context(held([layer.stored]))
+            if layer.stored.proven:
+                found.append(layer)
+                holding.push(stack.pop_all())
+    return found
 
 
 def _open_and_close(path: Path) -> None:
@@ -386,16 +447,17 @@ def _sample(slot: int, name: str) -> View:
     )
 
 
-def _mount(mount: Mounter, image: Path, devices: Sequence[Path], point: Path) -> None:
-    """Mount an EROFS image, unless a predecessor has done it."""
+def _mount(mount: Mounter, image: Path, devices: Sequence[Path], point: Path) -> bool:
+    """Mount an EROFS image; False if a predecessor has done it."""
     if mount_at(point) is not None:
-        return
+        return False
     point.mkdir(parents=True, mode=0o700, exist_ok=True)
     try:
         mount(image, devices, point)
     except BaseException:
         point.rmdir()
         raise
+    return True
 
 
 def _unmount(point: Path) -> None:

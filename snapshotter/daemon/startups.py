@@ -67,7 +67,6 @@ class Startups:
     def begin(
         self,
         image: OpenImage,
-        recorder: StartupRecorder | None,
         expected: PackDelivery | None,
         *,
         replay: bool,
@@ -83,15 +82,23 @@ class Startups:
             return
         if replay and image.found.pack is not None:
             self._scheduler.expect_start()
-        self._nursery.start_soon(self._run, image, recorder, expected, replay)
+        self._nursery.start_soon(self._run, image, expected, replay)
 
-    async def _run(
-        self,
-        image: OpenImage,
-        recorder: StartupRecorder | None,
-        expected: PackDelivery | None,
-        replay: bool,
-    ) -> None:
+    async def must_see(self, image: OpenImage) -> bool:
+        """Whether every read of an image has to come to us, because what its starts touch is not
+        known, and is being recorded.
+
+        The kernel tells nobody what it reads from the disk. So a start without those reads is no
+        run for the profile (`_keep`), and none is needed where a profile or a pack is there.
+        """
+        recorder = image.recorder
+        if recorder is None or recorder.stopped or image.found.pack or not image.layers:
+            return False
+        profile = await trio.to_thread.run_sync(self._profiles.get, _chain_id(image))
+        return profile is None or not _is_of(image, profile)
+
+    async def _run(self, image: OpenImage, expected: PackDelivery | None, replay: bool) -> None:
+        recorder = image.recorder
         try:
             with image.starting:
                 async with trio.open_nursery() as nursery:
@@ -174,7 +181,7 @@ class Startups:
     async def _keep(self, image: OpenImage, recorder: StartupRecorder) -> None:
         """Add a run to the image's profile. An image is served whether this works or not."""
         recorder.stop()
-        if not recorder.touches:
+        if not recorder.touches or image.shown.from_disk:
             return
         run = Profile(
             tuple(layer.table.diff_id for layer in image.layers),
@@ -195,14 +202,18 @@ def _chain_id(image: OpenImage) -> str:
     return chain_ids(image.resolved.config.rootfs.diff_ids)[-1]
 
 
+def _is_of(image: OpenImage, profile: Profile) -> bool:
+    tables = [layer.table for layer in image.layers]
+    return [table.diff_id for table in tables] == [*profile.diff_ids] and all(
+        touch.chunk < tables[touch.layer].chunk_count for touch in profile.likely
+    )
+
+
 def _keep_longest(image: OpenImage, profile: Profile) -> bool:
     """Have what starts need evicted last. False if the profile is not of this image."""
-    tables = [layer.table for layer in image.layers]
-    if [table.diff_id for table in tables] != [*profile.diff_ids]:
+    if not _is_of(image, profile):
         return False
     likely = profile.likely
-    if any(touch.chunk >= tables[touch.layer].chunk_count for touch in likely):
-        return False
     for number, layer in enumerate(image.layers):
         layer.stored.start_chunks |= {t.chunk for t in likely if t.layer == number}
     return True

@@ -216,6 +216,31 @@ def test_nothing_goes_from_under_the_kernel(node: Instance, layouts: Path) -> No
     wait_until(lambda: node.succeed("gc", "--all") is not None and used(node) < MIB)
 
 
+@pytest.mark.parametrize("node", ["ext4"], indirect=True)
+def test_nothing_goes_of_a_layer_that_the_kernel_reads_from_the_disk(
+    node: Instance, layouts: Path
+) -> None:
+    """Whichever daemon has mounted it."""
+    daemon = node.start()
+    mount(node, layouts, "middle", "fuse", "--wait-local")
+    node.succeed("umount", node.base / "middle")
+    target = mount(node, layouts, "middle", "erofs")
+    assert "2 of 2 layers come from the disk" in node.log()
+    big = mount(node, layouts, "big")
+    for seed in range(2):
+        assert random_reads_are_right(big, BIG, seed)
+        assert (big / "data").read_bytes() == BIG
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        assert (target / "data").read_bytes() == MIDDLE
+        daemon.kill()
+        daemon.wait()
+        daemon = node.start()
+    assert "that were in use have been evicted" in node.log()
+    node.succeed("umount", big)
+    node.succeed("umount", target)
+    wait_until(lambda: node.succeed("gc", "--all") is not None and used(node) < MIB)
+
+
 def test_without_a_daemon_gc_and_df_go_by_what_is_on_disk(node: Instance, layouts: Path) -> None:
     for tag in ("middle", "other"):
         mount(node, layouts, tag, "fuse", "--wait-local")
