@@ -32,6 +32,7 @@ KILLS = int(os.environ.get("FIRSTBYTE_KILLS", "10"))
 BIG = 24 << 20
 FILES = 400
 MODULE = b"VALUE = 42\n"
+PAUSE = 0.05  # seconds between two rounds of a reader: else daemons wait for a processor
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,7 @@ class Load:
                 self.problems.append(f"{read.__name__} of {root.name}: {problem}")
             self.longest = max(self.longest, time.monotonic() - began)
             self.rounds += 1
+            self._over.wait(PAUSE)
 
 
 def _run(*command: str | Path, root: Path) -> str:

@@ -48,6 +48,7 @@ _BLOCKS = 4096  # of the large file
 _OWN = 4 << 20
 _FIO_MIB = 8
 _END_SECONDS = 600.0  # bounds a failure: some wait for a slow registry, on a busy machine
+_PAUSE = 0.1  # seconds between two rounds: else daemons have to wait for a processor
 
 _LOOP = """\
 #!/bin/sh
@@ -55,6 +56,7 @@ _LOOP = """\
 name=$1 rounds=0
 shift
 while [ $rounds = 0 ] || [ ! -e /stop ]; do
+    [ $rounds = 0 ] || sleep {pause}
     said=$("$@" 2>&1) || { echo "problem $name: $? $said"; break; }
     rounds=$((rounds + 1))
 done
@@ -163,7 +165,8 @@ def _fill(root: Path) -> None:
         (root / name).mkdir()
     (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\n")
     _fill_data(root / "data")
-    programs = {"loop": _LOOP, "imports.py": _IMPORTS, "fresh": _FRESH}
+    programs = {"imports.py": _IMPORTS, "fresh": _FRESH}
+    programs["loop"] = _LOOP.replace("{pause}", str(_PAUSE))
     programs["all"] = _ALL.format(size=_FIO_MIB)
     programs["probe.py"] = _PROBE.format(block=_BLOCK, blocks=_BLOCKS)
     for name, text in programs.items():
@@ -272,6 +275,7 @@ class Load:
                     self.seen.problems.append(f"{name}: {problem}")
                 elif problem is not None:
                     self.seen.add(name)
+                self._over.wait(_PAUSE)
 
         thread = threading.Thread(target=work)
         self._threads.append(thread)
