@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,17 +31,22 @@ MIB = 1 << 20
 DISK = 40 * MIB
 LIMIT = 24 * MIB  # 60 %
 
-BIG = random.Random(1).randbytes(36 * MIB)
-MIDDLE = random.Random(2).randbytes(14 * MIB)
-OTHER = random.Random(3).randbytes(12 * MIB)
+SIZES = {"big": 36 * MIB, "middle": 14 * MIB, "other": 12 * MIB}
+
+
+@cache
+def content(tag: str) -> bytes:
+    """Of an image's one file."""
+    return random.Random(1 + list(SIZES).index(tag)).randbytes(SIZES[tag])
 
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A layout with the images big, middle and other, each with one file, and a small layer."""
     path = tmp_path_factory.mktemp("layouts")
-    for tag, data in (("big", BIG), ("middle", MIDDLE), ("other", OTHER)):
-        layers = [tars.tar(tars.file(b"data", data)), tars.tar(tars.file(b"tag", tag.encode()))]
+    for tag in SIZES:
+        data = tars.tar(tars.file(b"data", content(tag)))
+        layers = [data, tars.tar(tars.file(b"tag", tag.encode()))]
         write_layout(path, layers, compress="none", tag=tag)
     return path
 
@@ -117,10 +123,10 @@ def test_an_image_that_is_larger_than_the_limit_is_served_all_the_same(
     node.config.write_text('[store]\nlimit = "60%"\nkeep_free = "0%"\n')
     target = mount(node, layouts, "big")
     wait_until(lambda: "the store's limit holds it back" in node.succeed("status"))
-    assert (target / "data").read_bytes() == BIG
+    assert (target / "data").read_bytes() == content("big")
     assert used(node) <= LIMIT
     for seed in range(3):
-        assert random_reads_are_right(target, BIG, seed)
+        assert random_reads_are_right(target, content("big"), seed)
         assert used(node) <= LIMIT
     wait_until(lambda: node.status()["store"]["evicted"] > 0)
     assert state(node, "big") == "serving"
@@ -133,7 +139,7 @@ def test_what_nobody_uses_makes_room_the_oldest_first(node: Instance, layouts: P
         wait_until(lambda: not node.has_daemon())
     target = mount(node, layouts, "big")
     wait_until(lambda: "the store's limit holds it back" in node.succeed("status"))
-    assert (target / "data").read_bytes() == BIG
+    assert (target / "data").read_bytes() == content("big")
     wait_until(lambda: present(node) == ["big"])  # fill, which is held back, has asked for that
     assert len(list((node.root / "indexes").iterdir())) == 1
     assert node.log().index("middle is forgotten") < node.log().index("other is forgotten")
@@ -145,12 +151,12 @@ def test_a_disk_that_others_fill_is_read_through_and_goes_on_when_there_is_room(
     filler = node.root.parent / "somebody-else"
     filler.write_bytes(bytes(DISK - 10 * MIB))
     target = mount(node, layouts, "middle")
-    assert (target / "data").read_bytes() == MIDDLE
-    assert random_reads_are_right(target, MIDDLE, 1)
+    assert (target / "data").read_bytes() == content("middle")
+    assert random_reads_are_right(target, content("middle"), 1)
     wait_until(lambda: "holds it back" in node.succeed("status"))
     filler.unlink()
     wait_until(lambda: state(node, "middle") == "local")
-    assert random_reads_are_right(target, MIDDLE, 2)
+    assert random_reads_are_right(target, content("middle"), 2)
     wait_until(lambda: not node.status()["store"]["problem"])  # it is told for a while longer
 
 
@@ -161,8 +167,8 @@ def test_a_disk_that_is_full_to_the_last_byte_is_no_error(node: Instance, layout
         ["dd", "if=/dev/zero", filler, "bs=64k"], capture_output=True, check=False
     )
     assert b"No space left" in done.stderr
-    assert (target / "data").read_bytes() == BIG
-    assert random_reads_are_right(target, BIG, 1)
+    assert (target / "data").read_bytes() == content("big")
+    assert random_reads_are_right(target, content("big"), 1)
     assert "ERROR" not in node.log()
 
 
@@ -172,13 +178,13 @@ def test_an_image_that_was_local_is_serving_again_when_some_of_it_goes(
     target = mount(node, layouts, "middle", "fuse", "--wait-local")
     assert state(node, "middle") == "local"
     big = mount(node, layouts, "big")
-    assert (big / "data").read_bytes() == BIG
+    assert (big / "data").read_bytes() == content("big")
     wait_until(lambda: state(node, "middle") == "serving")
-    assert (target / "data").read_bytes() == MIDDLE
+    assert (target / "data").read_bytes() == content("middle")
     node.succeed("umount", big)
     node.succeed("gc", "--all")
     wait_until(lambda: state(node, "middle") == "local")
-    assert random_reads_are_right(target, MIDDLE, 1)
+    assert random_reads_are_right(target, content("middle"), 1)
 
 
 @pytest.mark.parametrize("node", ["ext4"], indirect=True)
@@ -187,10 +193,10 @@ def test_nothing_goes_from_under_the_kernel(node: Instance, layouts: Path) -> No
     node.start()
     target = mount(node, layouts, "middle", "native")
     big = mount(node, layouts, "big")
-    assert (big / "data").read_bytes() == BIG
-    assert random_reads_are_right(big, BIG, 1)
+    assert (big / "data").read_bytes() == content("big")
+    assert random_reads_are_right(big, content("big"), 1)
     Path("/proc/sys/vm/drop_caches").write_text("3")
-    assert (target / "data").read_bytes() == MIDDLE
+    assert (target / "data").read_bytes() == content("middle")
     command = [
         "unshare",
         "--mount",
@@ -209,8 +215,8 @@ def test_nothing_goes_from_under_the_kernel(node: Instance, layouts: Path) -> No
             node.succeed("gc", "--all")
             Path("/proc/sys/vm/drop_caches").write_text("3")
             inside = Path(f"/proc/{container.pid}/root") / str(target)[1:] / "data"
-            assert inside.read_bytes() == MIDDLE
-            assert used(node) >= len(MIDDLE)
+            assert inside.read_bytes() == content("middle")
+            assert used(node) >= SIZES["middle"]
         finally:
             container.kill()
     wait_until(lambda: node.succeed("gc", "--all") is not None and used(node) < MIB)
@@ -228,10 +234,10 @@ def test_nothing_goes_of_a_layer_that_the_kernel_reads_from_the_disk(
     assert "2 of 2 layers come from the disk" in node.log()
     big = mount(node, layouts, "big")
     for seed in range(2):
-        assert random_reads_are_right(big, BIG, seed)
-        assert (big / "data").read_bytes() == BIG
+        assert random_reads_are_right(big, content("big"), seed)
+        assert (big / "data").read_bytes() == content("big")
         Path("/proc/sys/vm/drop_caches").write_text("3")
-        assert (target / "data").read_bytes() == MIDDLE
+        assert (target / "data").read_bytes() == content("middle")
         daemon.kill()
         daemon.wait()
         daemon = node.start()
@@ -248,8 +254,8 @@ def test_without_a_daemon_gc_and_df_go_by_what_is_on_disk(node: Instance, layout
         wait_until(lambda: not node.has_daemon())
     (other, middle) = json.loads(node.succeed("df", "--json"))["images"]
     assert other["reference"].endswith(":other")
-    assert middle["local"] == middle["size"] > len(MIDDLE)
-    assert middle["exclusive"] > len(MIDDLE)
+    assert middle["local"] == middle["size"] > SIZES["middle"]
+    assert middle["exclusive"] > SIZES["middle"]
     assert (middle["shared"], middle["users"]) == (0, [])
     directory = node.root / "containerd"
     directory.mkdir(exist_ok=True)
@@ -267,7 +273,7 @@ def test_without_a_daemon_gc_and_df_go_by_what_is_on_disk(node: Instance, layout
     assert orphan.exists()
     done = json.loads(node.succeed("gc", "--all", "--json"))
     assert done["garbage"] == would["garbage"]
-    assert done["freed"] > len(OTHER)
+    assert done["freed"] > SIZES["other"]
     assert {item["name"] for item in done["garbage"]} == {
         *(str(leftover), orphan.name, *other["layers"], other["digest"]),
         *(item["name"] for item in done["garbage"] if item["kind"] == "index"),
@@ -289,11 +295,11 @@ def test_a_killed_daemon_leaves_a_store_that_the_next_believes_rightly(
     process = node.start()
     target = mount(node, layouts, "big")
     for seed in range(2):
-        assert random_reads_are_right(target, BIG, seed)
+        assert random_reads_are_right(target, content("big"), seed)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process = node.start()
-    assert (target / "data").read_bytes() == BIG
+    assert (target / "data").read_bytes() == content("big")
     assert "damaged" not in node.log()
     assert used(node) <= LIMIT
 

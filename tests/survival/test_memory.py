@@ -28,27 +28,32 @@ LIMIT = 64 << 20  # bytes of memory that the reader has
 SIZE = int(os.environ.get("FIRSTBYTE_READ_MIB", "192")) << 20
 GROWTH = 64 << 20  # bytes of memory that the daemon may take for it
 
-# Bytes that tell their place, and compress well: making the image is not what this is about.
 BLOCK = 1 << 20
-CONTENT = b"".join(b"%07d\n" % number * (BLOCK // 8) for number in range(SIZE // BLOCK))
-SUM = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.fixture(scope="module")
-def layout(tmp_path_factory: pytest.TempPathFactory) -> str:
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """An image with a large file, and the file's SHA-256.
+
+    Its bytes tell their place, and compress well: making the image is not what this is about.
+    """
+    content = b"".join(b"%07d\n" % number * (BLOCK // 8) for number in range(SIZE // BLOCK))
     path = tmp_path_factory.mktemp("memory")
-    write_layout(path, [tar(file(b"large", CONTENT))])
-    return f"oci:{path}"
+    write_layout(path, [tar(file(b"large", content))])
+    return f"oci:{path}", hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("mode", ["fuse", "erofs", "native"])
-def test_a_reader_in_a_small_control_group(here: Instance, layout: str, mode: str) -> None:
+def test_a_reader_in_a_small_control_group(
+    here: Instance, large: tuple[str, str], mode: str
+) -> None:
     """First what is fetched meanwhile, then what is here; by read(2) and by mmap(2)."""
+    image, digest = large
     daemon = here.start()
     target = here.directory("m")
-    here.succeed("mount", layout, target, "--mode", mode)
+    here.succeed("mount", image, target, "--mode", mode)
     before = footprint(daemon.pid).resident
-    enter, large = ("sh", "-c"), str(target / "large")
+    enter, name = ("sh", "-c"), str(target / "large")
     by_pages = (
         "import hashlib, mmap, sys; f = open(sys.argv[1], 'rb');"
         "print(hashlib.sha256(mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)).hexdigest())"
@@ -56,14 +61,14 @@ def test_a_reader_in_a_small_control_group(here: Instance, layout: str, mode: st
     with memory_group(f"firstbyte-memory-{os.getpid()}") as group:
         for command in (["sha256sum"], ["sha256sum"], ["/usr/bin/python3", "-c", by_pages]):
             done = subprocess.run(
-                [*enter, f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "-", *command, large],
+                [*enter, f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "-", *command, name],
                 capture_output=True,
                 text=True,
                 timeout=120,
                 check=False,
             )
             assert done.returncode == 0, done.stderr  # nobody was killed for want of memory
-            assert done.stdout.split()[0] == SUM
+            assert done.stdout.split()[0] == digest
     assert footprint(daemon.pid).resident <= before + GROWTH
     here.succeed("umount", target)
 
