@@ -10,7 +10,7 @@ import hashlib
 import operator
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from index.errors import FormatError, IntegrityError
 
@@ -48,8 +48,7 @@ class SeekPoint:
     has_window: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """What has to be fetched to decode from one seek point to another.
 
     `start` … `end` are bytes of the blob (end exclusive); decoding yields raw space from

@@ -167,16 +167,17 @@ class GzipDecoder:
     def feed(self, data: bytes | memoryview) -> bytes:
         if not data:
             return b""
-        data = bytes(data)
-        if self._skipped_bits:
-            data = _lead_in(self._skipped_bits, data[0]) + data[1:]
-            self._skipped_bits = 0
+        view = memoryview(data)
         output: list[bytes] = []
-        for start in range(0, len(data), _FEED_SIZE):
-            self._decode(data[start : start + _FEED_SIZE], output)
-        return b"".join(output)
+        if self._skipped_bits:
+            self._decode(_lead_in(self._skipped_bits, view[0]), output)
+            self._skipped_bits = 0
+            view = view[1:]
+        for start in range(0, len(view), _FEED_SIZE):
+            self._decode(view[start : start + _FEED_SIZE], output)
+        return output[0] if len(output) == 1 else b"".join(output)
 
-    def _decode(self, data: bytes, output: list[bytes]) -> None:
+    def _decode(self, data: bytes | memoryview, output: list[bytes]) -> None:
         while data:
             if self._trailer_left:
                 # Not checked: the chunks that are decoded here are verified by their digests.
@@ -188,23 +189,25 @@ class GzipDecoder:
             else:
                 data = self._inflate(data, output)
 
-    def _inflate(self, data: bytes, output: list[bytes]) -> bytes:
+    def _inflate(self, data: bytes | memoryview, output: list[bytes]) -> bytes:
         """Decompress. What is left of `data` follows the member's deflate data."""
         try:
             raw = self._inflater.decompress(data, self._raw.room)
         except _ISAL_ERROR as error:
             raise CodecError(f"malformed gzip data: {error}") from error
         self._raw.count(len(raw))
-        output.append(raw)
+        if raw:
+            output.append(raw)
         if self._inflater.eof:
             self._trailer_left = _TRAILER_SIZE
         return self._inflater.unused_data
 
-    def _next_member(self, data: bytes) -> bytes:
+    def _next_member(self, data: bytes | memoryview) -> bytes:
         """Take a header, or padding. What is left of `data` is the member's deflate data.
 
         zlib reads the header: isal 1.9.1 loses its place in optional fields that are cut in two.
         """
+        data = bytes(data)
         if self._padding or (self._header is None and not data[0]):
             self._padding = True
             if data.strip(b"\0"):

@@ -18,7 +18,7 @@ from index.errors import CodecError, FirstByteError
 from index.tables import CHUNK_SIZE, Codec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from index.codecs.base import Decoder
     from index.tables import LayerTable, Span
@@ -35,6 +35,10 @@ its decoder's window: 0.6 MB for gzip, for zstd up to 8 MiB more."""
 
 MOST_HEADS = 16
 """Heads that are kept, each of less than CHUNK_SIZE."""
+
+FEED = 64 << 10
+"""Compressed bytes that are decoded at once, so that what comes of them is copied once, into its
+chunk. Between 16 and 256 KiB isal is as fast."""
 
 WORTH_KEEPING = 32 << 10
 """Compressed bytes that a decoding must save whoever goes on with it."""
@@ -82,7 +86,8 @@ class Decoding:
         self.broken = False
         self._pieces: list[bytes] = []
         self._decoder: Decoder | None = None
-        self._partial = bytearray()
+        self._partial: list[memoryview] = []  # of the next chunk
+        self._partial_size = 0
         self._first = b""
         self._head = bytearray()
         self._head_size = min(self.next_chunk * CHUNK_SIZE, table.raw_size) - span.raw_start
@@ -100,11 +105,11 @@ class Decoding:
 
         Raises CodecError; the decoding is of no more use then.
         """
-        data = b"".join(self._pieces) if len(self._pieces) != 1 else self._pieces[0]
-        self._pieces.clear()
+        pieces, self._pieces = self._pieces, []
+        begin = self.position - self.buffered
         self.buffered = 0
         try:
-            yield from self._decode(origin, span, data)
+            yield from self._decode(origin, span, begin, pieces)
         except FirstByteError:
             self.broken = True
             raise
@@ -126,17 +131,21 @@ class Decoding:
     def join(self, head: Head) -> bytes:
         """The next chunk, whose end a head is that decoding `reaches`."""
         missing = self.raw_position - head.raw_start
-        data = bytes(self._partial[: len(self._partial) - missing]) + head.data
-        self._partial.clear()
+        partial = b"".join(self._partial)
+        self._drop_partial()
         self.next_chunk += 1
-        return data
+        return partial[: len(partial) - missing] + head.data
 
-    def _decode(self, origin: Origin, span: Span, data: bytes) -> Iterator[tuple[int, bytes]]:
+    def _decode(
+        self, origin: Origin, span: Span, begin: int, pieces: Iterable[bytes]
+    ) -> Iterator[tuple[int, bytes]]:
         if self._decoder is None:
             self._decoder = self._make_decoder(origin)
         self._decoder.allow(span.raw_end - self.raw_start)
-        for piece in self._slices(origin.table, span, data):
-            yield from self._cut(origin.table, self._decoder.feed(piece))
+        for piece in pieces:
+            for data in _slices(origin.table, span, begin, piece):
+                yield from self._cut(origin.table, self._decoder.feed(data))
+            begin += len(piece)
         if self.position >= span.end and self.raw_position < span.raw_end:
             raise CodecError(
                 f"bytes {self.start} to {span.end} of {origin.table} decode to "
@@ -154,40 +163,45 @@ class Decoding:
             limit=0,
         )
 
-    def _slices(self, table: LayerTable, span: Span, data: bytes) -> Iterator[memoryview]:
-        """Received bytes, cut at seek points, so that a broken frame does not take those before
-        it along, and into small slices where little may become much."""
-        bits = table.bit_offsets
-        large = span.raw_end - span.raw_start > SLICE_SPAN
-        begin = self.position - len(data)
-        view, start = memoryview(data), 0
-        point = bisect_right(bits, 8 * begin)
-        while start < len(data):
-            stop = start + SLICE if large else len(data)
-            while point < len(bits) and -(-bits[point] // 8) - begin <= start:
-                point += 1
-            if point < len(bits):
-                stop = min(stop, -(-bits[point] // 8) - begin)
-            yield view[start:stop]
-            start = stop
-
     def _cut(self, table: LayerTable, raw: bytes) -> Iterator[tuple[int, bytes]]:
         used = min(len(raw), max(0, self.next_chunk * CHUNK_SIZE - self.raw_position))
         if len(self._head) < self._head_size:
             self._head += memoryview(raw)[:used]
         self.raw_position += len(raw)
+        view = memoryview(raw)
         while self.next_chunk < table.chunk_count:
-            needed = table.chunk_length(self.next_chunk) - len(self._partial)
+            needed = table.chunk_length(self.next_chunk) - self._partial_size
             if len(raw) - used < needed:
-                self._partial += memoryview(raw)[used:]
+                self._partial.append(view[used:])
+                self._partial_size += len(raw) - used
                 break
-            data = raw[used : used + needed]
-            if self._partial:
-                data = bytes(self._partial + data)
-                self._partial.clear()
+            data = b"".join((*self._partial, view[used : used + needed]))
+            self._drop_partial()
             used += needed
             self.next_chunk += 1
             yield self.next_chunk - 1, data
+
+    def _drop_partial(self) -> None:
+        self._partial.clear()
+        self._partial_size = 0
+
+
+def _slices(table: LayerTable, span: Span, begin: int, data: bytes) -> Iterator[memoryview]:
+    """What was received, from byte `begin` of the blob on, in slices to be decoded one by one:
+    small ones where little may become much, and cut at seek points, so that a broken frame does not
+    take those before it along."""
+    bits = table.bit_offsets
+    step = SLICE if span.raw_end - span.raw_start > SLICE_SPAN else FEED
+    view, start = memoryview(data), 0
+    point = bisect_right(bits, 8 * begin)
+    while start < len(data):
+        stop = start + step
+        while point < len(bits) and -(-bits[point] // 8) - begin <= start:
+            point += 1
+        if point < len(bits):
+            stop = min(stop, -(-bits[point] // 8) - begin)
+        yield view[start:stop]
+        start = stop
 
 
 class SuspendedDecodings:

@@ -7,7 +7,7 @@ the next goes on where the decoding is; so does the next run when this one ends.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
@@ -45,12 +45,11 @@ SMALL_BATCH = 128 << 10
 left to do when the last of them comes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(NamedTuple):
     """A chunk that was decoded: verified and stored, unless `damage` or `unsaved` says otherwise.
 
-    `data` is None where nobody wanted the chunk while it was cut. There is one for every chunk,
-    because somebody may have begun to want it since.
+    `data` is None where nobody wanted the chunk while it was cut, or only fill did and the store
+    has it. There is one for every chunk, because somebody may have begun to want it since.
     """
 
     chunk: int
@@ -250,7 +249,8 @@ class Run:
     def advance(self, remember: bool) -> Batch:
         """Decode what was received, cut it into chunks, verify and store them.
 
-        `remember` keeps them in the store's memory, too. What fails is in the result.
+        `remember` keeps them in the store's memory, too, and in what this returns. What fails is in
+        the result.
         """
         arrivals: list[Arrival] = []
         try:
@@ -285,15 +285,15 @@ class Run:
         wanted = chunk in self.wants
         if not wanted and stored.has(chunk):
             return Arrival(chunk)
-        kept = data if wanted else None
         try:
             stored.write(chunk, data, remember=remember)
         except IntegrityError as error:
             self.decoding.broken = True
             return Arrival(chunk, damage=error)
         except StoreError as error:
-            return Arrival(chunk, kept, unsaved=error)
-        return Arrival(chunk, kept)
+            return Arrival(chunk, data if wanted else None, unsaved=error)
+        # Memory that is used again at once is in the processor's caches: fill keeps none.
+        return Arrival(chunk, data if wanted and remember else None)
 
     def passed(self) -> None:
         """Back in the trio thread: chunks that were cut count as passed."""

@@ -32,6 +32,10 @@ BATCH = 256 << 10
 """Compressed bytes that are decoded together when nobody is blocked: a hop to a worker thread
 and back costs 110 us."""
 
+FILL_BATCH = 1 << 20
+"""The same while nobody has been blocked for a while: threads take turns in Python, too, and wait
+for each other."""
+
 DRAIN = 0.01
 """Seconds, and a round trip, for which a body is read on although nobody wants it, so that the
 connection can be used again. A new one costs two or three round trips. What was asked for in case
@@ -287,7 +291,8 @@ class Transfer:
 
     def _due(self, run: Run, end: int) -> bool:
         """Whether to decode now, with `end` the end of the request."""
-        if run.position == end or run.buffered >= BATCH:
+        alone = run.priority is Priority.FILL and self._mood is ALONE
+        if run.position == end or run.buffered >= (FILL_BATCH if alone else BATCH):
             return True
         return run.urgencies[Priority.BLOCKED] > 0 and run.worth_decoding()
 

@@ -106,7 +106,7 @@ class Node:
         self.link = link
         self.pacing = Pacing()
         self.stalls: list[float] = []
-        self.most_runs = 0
+        self.most_runs = self.requests = 0
         self._fill, self._calm_mood = fill, mood
         self._runs = 0
         self._blocked = 0
@@ -130,6 +130,7 @@ class Node:
         self._runs -= 1
 
     def _request(self, size: int, ended: Callable[[], None]) -> None:
+        self.requests += 1
         exchange = self.pacing.begin(self.link.now, size)
         answered = False
 
@@ -203,6 +204,16 @@ def test_beside_a_reader_fill_uses_what_is_left(rate: float, delay: float) -> No
     node.read_after(3, random.Random(7))
     link.run(20)
     assert link.carried / 20 > 0.7 * rate
+
+
+def test_on_a_short_link_fill_asks_for_much_at_a_time() -> None:
+    link = Link(125e6, 0.0005)
+    node = Node(link)
+    link.run(4)
+    carried, requests = link.carried, node.requests
+    link.run(14)
+    assert (link.carried - carried) / (node.requests - requests) > 2e6
+    assert node.pacing.outstanding < 2.5 * 125e6 * (0.0005 + ALONE.queue)
 
 
 def test_more_connections_where_each_is_slow() -> None:
