@@ -20,12 +20,23 @@ demo: ## start a container from an image that is not here yet; IMAGE=ref, RUNTIM
 
 test: ## install what the tests need, and run them all
 	@scripts/setup program demo tests
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/mypy
-	.venv/bin/lint-imports --no-logo
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target style types layers roots
 	@# on a disk: tmpfs cannot be read without waiting, nor hold an image's devices
 	TMPDIR=/var/tmp .venv/bin/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+# What "test" does before the tests, side by side.
+style:
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types:
+	.venv/bin/mypy
+
+layers:
+	.venv/bin/lint-imports --no-logo
+
+roots:
+	@.venv/bin/python -m tests.support.debian_root
 
 bench: ## measure index, store, file system and layers; prints the tables of docs/benchmarks.md
 	@scripts/setup program demo bench

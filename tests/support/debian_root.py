@@ -2,8 +2,9 @@
 from sid, podman 5.4 from trixie.
 
 Each is made once on a machine and kept for later runs in `/var/cache/firstbyte-tests`, under a name
-that tells its recipe. Nobody ever writes to it: who enters it gets a mount namespace with an
-overlay above it, which is gone with the namespace.
+that tells its recipe: by `make test` beforehand, else by the first test that wants it. Nobody ever
+writes to it: who enters it gets a mount namespace with an overlay above it, which is gone with the
+namespace.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from snapshotter.mounts import syscalls
 from snapshotter.mounts.table import read_mounts
@@ -176,3 +177,8 @@ def _is_shared(directory: Path) -> bool:
     # Of the mounts on the way, the innermost; of those on top of each other, the last.
     innermost = max(enumerate(above), key=lambda item: (len(item[1].point), item[0]))[1]
     return any(field.startswith(b"shared:") for field in innermost.optional)
+
+
+if __name__ == "__main__":
+    for suite in get_args(Suite):
+        debian_root(suite)
