@@ -5,6 +5,7 @@ That is overlayfs, with the same tree unpacked beside it as its lower directory.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from contextlib import contextmanager
 from functools import partial
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from snapshotter.bench.images import StoredImage
+    from snapshotter.bench.node import Node
     from snapshotter.bench.workloads import Workload
     from snapshotter.demo.workspace import Workspace
 
 LATER = "erofs-later"
-"""Mode `erofs` as those have it who come when the image is local: layers are read from the disk."""
+"""Mode `erofs` as an image gets it that finds most of its layers on the node: they are read from
+the disk."""
 
 MODES = ("fuse", "erofs", LATER, "native")
 
@@ -56,9 +59,7 @@ def compare(image: StoredImage, workspace: Workspace, samples: int) -> list[Tabl
             roots[mode].mkdir()
         for mode in ("erofs", "fuse", "native"):
             node.show(image.reference, roots[mode], wait_local=True, mode=mode)
-        later.show(image.reference, roots[LATER], wait_local=True, mode="fuse")
-        later.hide(roots[LATER])
-        later.show(image.reference, roots[LATER], wait_local=True, mode="erofs")
+        found = _show_later(later, image, roots[LATER])
         for workload in workloads(files):
             for cache, run in (("dropped", _cold), ("warm", _warm)):
                 timings = interleaved(
@@ -77,7 +78,8 @@ def compare(image: StoredImage, workspace: Workspace, samples: int) -> list[Tabl
         f"{files.names} names, {files.size / 1e6:.0f} MB. Medians of {samples} rounds, and their "
         "ratio: above 1 FirstByte is faster. Lowest and highest: that of single rounds. A warm "
         f"round is the fastest of {_WARM_RUNS} runs after one that filled the page cache. At the "
-        f"end {resident:.0f} MB of the daemon were in memory, {private:.0f} of them its own."
+        f"end {resident:.0f} MB of the daemon were in memory, {private:.0f} of them its own. When "
+        f"{LATER} was mounted: {found}."
     )
     columns = ("work", "jobs", "page cache", "unit", _OVERLAY, "FirstByte", "ratio")
     tables = [
@@ -90,6 +92,38 @@ def compare(image: StoredImage, workspace: Workspace, samples: int) -> list[Tabl
         for mode in MODES
     ]
     return tables + with_fio
+
+
+def _show_later(node: Node, image: StoredImage, target: Path) -> str:
+    """Mount an image whose start is known, and of which all but the smallest layer is on the node,
+    and have that come then. Returns how the image is shown."""
+    node.show(image.reference, target, wait_local=True, mode="fuse")
+    largest = max(list_files(target).regular, key=lambda file: file[1])[0]
+    (target / largest).read_bytes()  # what is touched first is the profile
+    node.hide(target)
+    node.stop()
+    layers = (node.places.root / "layers").iterdir()
+    shutil.rmtree(min(layers, key=lambda layer: (layer / "raw").stat().st_size))
+    node.restart()
+    with _out_of_reach(image.blobs):
+        node.show(image.reference, target, wait_local=False)
+    other = target.with_name("local")
+    other.mkdir()
+    node.show(image.reference, other, wait_local=True, mode="fuse")
+    node.hide(other)
+    (mount,) = node.status().mounts
+    return f"{mount.mode}, {mount.why}"
+
+
+@contextmanager
+def _out_of_reach(files: Sequence[Path]) -> Iterator[None]:
+    for file in files:
+        file.rename(file.with_suffix(".away"))
+    try:
+        yield
+    finally:
+        for file in files:
+            file.with_suffix(".away").rename(file)
 
 
 def unpack(image: StoredImage, target: Path) -> None:
