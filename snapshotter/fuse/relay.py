@@ -86,12 +86,14 @@ class Relay:
         fuse, answers, views = self._fuse, self._answers, self._views
         left = _BURST
         while True:
+            # Mostly one process asks, and the next request is not here yet: to find that out by
+            # reading costs more.
+            if not device.wait(fuse, 0.0 if waiters.any else _LINGER_SECONDS):
+                await trio.lowlevel.wait_readable(fuse)
+                left = _BURST
             try:
                 length = device.read(fuse, buffers)
             except BlockingIOError:
-                if waiters.any or not device.wait(fuse, _LINGER_SECONDS):
-                    await trio.lowlevel.wait_readable(fuse)
-                    left = _BURST
                 continue
             left -= 1
             if length:
