@@ -10,55 +10,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 from index.builder import build
-from index.extents import FileExtents
 from index.tables import CHUNK_SIZE, Codec
-from snapshotter.images import foresight
+from snapshotter.images import startup_files
 from snapshotter.images.foresight import Foresight
 from snapshotter.registry.manifest import RunConfig
 from tests.support.blobs import make_layer
 from tests.support.elves import make_elf
-from tests.support.fetching import open_node
+from tests.support.foreseeing import foreseen
 from tests.support.tars import file, symlink, tar
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
     from tests.support.fetching import Node
-    from tests.support.sources import Fault
 
 LOADER = b"/lib64/ld.so"
-HEADER = 512  # bytes before a file in a tar
-
-
-@pytest.fixture
-async def node(tmp_path: Path) -> AsyncIterator[Node]:
-    async with open_node(tmp_path / "store") as node:
-        yield node
-
-
-def entries(files: dict[str, bytes]) -> Iterator[bytes]:
-    """Each file has chunks of its own, so that these tell files."""
-    for name, content in files.items():
-        yield file(name.encode(), content + bytes(-(len(content) + HEADER) % CHUNK_SIZE))
-
-
-async def foreseen(
-    node: Node,
-    files: dict[str, bytes],
-    *links: bytes,
-    faults: list[Fault | None] | None = None,
-    **config: list[str] | str,
-) -> list[str]:
-    """The files that a start of an image with this configuration is expected to read."""
-    layer = make_layer(tar(*entries(files), *links), Codec.PLAIN)
-    index = build([[layer.blob]])
-    lazy, _ = node.mount(layer, *(faults or ()))
-    run = RunConfig(**config)  # type: ignore[arg-type]
-    await Foresight(index.tree, [lazy], run).look()
-    lazy.close()
-    extents = FileExtents(index.tree)
-    found = {extents.at(0, chunk * CHUNK_SIZE + 4096, 1) for chunk in lazy.foreseen}
-    return sorted(path.decode() for path in found if path is not None)
 
 
 def _linked(program: Path) -> dict[Path, Path]:
@@ -165,7 +129,7 @@ async def test_libraries_are_found_beside_their_loader(node: Node) -> None:
 async def test_of_a_large_file_only_the_head_is_wanted(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foresight, "MAX_FILE", 2 * CHUNK_SIZE)
+    monkeypatch.setattr(startup_files, "MAX_FILE", 2 * CHUNK_SIZE)
     layer = make_layer(tar(file(b"usr/bin/tool", make_elf() + bytes(9 * CHUNK_SIZE))), Codec.PLAIN)
     index = build([[layer.blob]])
     lazy, _ = node.mount(layer)
@@ -197,7 +161,7 @@ async def test_damaged_programs_are_wanted_and_no_more(node: Node) -> None:
 async def test_there_is_an_end_to_what_an_image_may_ask_for(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foresight, "MAX_LOOKUPS", 100)
+    monkeypatch.setattr(startup_files, "MAX_LOOKUPS", 100)
     needed = [b"lib%d.so" % number for number in range(200)]
     tool = make_elf(interpreter=LOADER, needed=[*needed, b"liba.so"])
     found = await foreseen(node, FILES | {"usr/bin/tool": tool}, cmd=["tool"])

@@ -18,22 +18,14 @@ from snapshotter.images import prefix
 from snapshotter.images.prefix import INLINE, LAYERS_AT_ONCE, build_prefix
 from tests.support.awkward import awkward_layers, huge_layers, layers_beyond_umoci
 from tests.support.blobs import MadeLayer, make_layer, sample_bytes
-from tests.support.fetching import open_node
 from tests.support.sources import Fault
 from tests.support.tars import directory, file, tar, whiteout
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
     from index.file import FileIndex
     from tests.support.fetching import Node
-
-
-@pytest.fixture
-async def node(tmp_path: Path) -> AsyncIterator[Node]:
-    async with open_node(tmp_path / "store") as node:
-        yield node
 
 
 def index_of(layers: Sequence[MadeLayer]) -> FileIndex:

@@ -1,0 +1,129 @@
+"""The files of an image that a start will probably read: found in its tree, wanted, looked into.
+
+What is asked for is bounded, whatever the image says.
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import stat
+from typing import TYPE_CHECKING
+
+from index.errors import FormatError
+from index.resolver import MAX_SYMLINKS, resolve
+from index.tables import CHUNK_SIZE
+from snapshotter.images import elf
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from index.erofs.reader import Image
+    from snapshotter.fetch.layer import LazyLayer
+
+log = logging.getLogger(__name__)
+
+MAX_FILE = 16 << 20
+"""Bytes of a file that is asked for as a whole; of larger ones a start reads a part."""
+
+MAX_BYTES = 96 << 20
+"""Raw bytes that are asked for in all: a start that reads more has other worries."""
+
+MAX_FILES = 2048
+
+MAX_LOOKUPS = 20_000
+"""Paths that are looked for, 20 us each: a hostile image could name any number. 60 libraries take
+some 2000."""
+
+MAX_LISTED = 100_000
+"""Names in directories that are listed."""
+
+
+class StartupFiles:
+    """Of one image."""
+
+    def __init__(self, tree: Image, layers: Sequence[LazyLayer]) -> None:
+        self._tree = tree
+        self._layers = layers
+        self._wanted: set[int] = set()
+        self._bytes = 0
+        self._lookups = 0
+        self._listed = 0
+        self._directories: dict[bytes, Mapping[bytes, int]] = {}
+
+    def find(self, path: bytes) -> tuple[int, bytes] | None:
+        """The regular file that a path leads to, and its own path."""
+        found = self._resolve(path)
+        if found is None or not stat.S_ISREG(self._tree.inode(found[0]).mode):
+            return None
+        return found
+
+    def names(self, directory: bytes) -> Mapping[bytes, int]:
+        """The names in a directory, and their inodes; none if there is no such one."""
+        names = self._directories.get(directory)
+        if names is None:
+            names = self._directories[directory] = dict(self._list(directory))
+        return names
+
+    def want(self, path: bytes) -> tuple[int, bytes] | None:
+        """Want a file, unless it is not there, or was wanted before; else its inode and path."""
+        found = self.find(path)
+        return found if found is not None and self.want_inode(found[0]) else None
+
+    def want_inode(self, nid: int) -> bool:
+        """Want a file, unless it is none, or was wanted before. Whether that is so."""
+        inode = self._tree.inode(nid)
+        if not stat.S_ISREG(inode.mode) or nid in self._wanted or len(self._wanted) >= MAX_FILES:
+            return False
+        self._wanted.add(nid)
+        length = inode.size if inode.size <= MAX_FILE else elf.HEAD
+        self._bytes += length
+        if self._bytes > MAX_BYTES:
+            return False
+        for piece in self._tree.map(nid, 0, length):
+            if piece.device:
+                first = piece.offset // CHUNK_SIZE
+                last = (piece.offset + piece.length - 1) // CHUNK_SIZE
+                self._layers[piece.device - 1].foresee(range(first, last + 1))
+        return True
+
+    async def read(self, nid: int, offset: int, length: int) -> bytes:
+        """Bytes of a file, fewer at its end. Raises FetchError, FormatError."""
+        parts = []
+        for piece in self._tree.map(nid, offset, length):
+            if piece.device:
+                layer = self._layers[piece.device - 1]
+                parts.append(await layer.inspect(piece.offset, piece.length))
+            else:
+                parts.append(bytes(piece.length))
+        return b"".join(parts)
+
+    def _resolve(self, path: bytes) -> tuple[int, bytes] | None:
+        """What a path leads to, symlinks followed, and its own path."""
+        try:
+            for _ in range(MAX_SYMLINKS):
+                self._lookups += 1
+                if self._lookups > MAX_LOOKUPS:
+                    return None
+                nid = resolve(self._tree, path)
+                if nid is None:
+                    return None
+                if not stat.S_ISLNK(self._tree.inode(nid).mode):
+                    return nid, path
+                path = posixpath.join(posixpath.dirname(path), self._tree.readlink(nid))
+        except FormatError as error:
+            log.debug("%s", error)
+        return None
+
+    def _list(self, directory: bytes) -> Iterator[tuple[bytes, int]]:
+        found = self._resolve(directory)
+        if found is None or not stat.S_ISDIR(self._tree.inode(found[0]).mode):
+            return
+        try:
+            for _, name, nid, _ in self._tree.readdir(found[0]):
+                self._listed += 1
+                if self._listed > MAX_LISTED:
+                    return
+                yield name, nid
+        except FormatError as error:
+            log.debug("%s", error)
