@@ -271,13 +271,13 @@ class Images:
 
     async def settle(self) -> None:
         """To be called when the FUSE mount is served, before anything else asks it."""
-        await self._showing.settle()
-        await self._nursery.start(self._showing.clear)
+        await self._showing.kernel.settle()
+        await self._nursery.start(self._showing.kernel.clear)
 
     async def prepare(self) -> None:
         """Do what else the first image to be shown would wait for."""
         if self._mode is not Mode.FUSE:
-            await self._showing.prepare()
+            await self._showing.kernel.prepare()
 
     def fill_restored(self) -> None:
         """Go on with the background downloads of what was restored: readers come before."""

@@ -15,29 +15,19 @@ from __future__ import annotations
 
 import enum
 import logging
-import os
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
-from index.errors import FirstByteError
-from snapshotter.daemon.records import FIRST_SLOT, NATIVE
+from snapshotter.daemon.kernel import Kernel
+from snapshotter.daemon.records import NATIVE
 from snapshotter.fetch.errors import FetchError
 from snapshotter.fuse import session
 from snapshotter.fuse.flat import FlatFile
 from snapshotter.fuse.view import View
 from snapshotter.mounts import syscalls
-from snapshotter.mounts.capabilities import (
-    SAMPLE_LAYER,
-    Capabilities,
-    Sample,
-    left_behind,
-    probe,
-    remove_left_behind,
-    sample_image,
-)
 from snapshotter.mounts.erofs import mount_erofs
 from snapshotter.mounts.errors import MountError
 from snapshotter.mounts.loop import mount_erofs_on_loops
@@ -48,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from index.errors import FirstByteError
     from index.file import FileIndex
     from index.tables import LayerTable
     from snapshotter.daemon.places import Places
@@ -63,9 +54,6 @@ _IMAGE = ".erofs"  # ends the name of the flat file with a view's EROFS image
 _RAW = ".raw"  # ends the name of the flat file with a layer's raw space
 _NATIVE = ".native"  # ends the name of a mount on the store's own files
 
-_SAMPLE = {".sample.erofs": sample_image(), ".sample.raw": SAMPLE_LAYER}
-_PROBE_SECONDS = 30.0  # it takes 35 ms; a machine that starts is busy
-
 
 class _CannotError(MountError):
     """This kernel cannot, whichever image it is."""
@@ -75,7 +63,7 @@ class Mode(enum.Enum):
     """Who is between a container and its files."""
 
     FUSE = "fuse"  # the daemon, for everything
-    EROFS = "erofs"  # the kernel; the daemon for data that is not in its caches
+    EROFS = "erofs"  # the kernel; the daemon for what is neither in its caches nor on the disk
     NATIVE = NATIVE  # the kernel and the disk
 
 
@@ -144,8 +132,7 @@ class Showing:
         self._views = views
         self._records = records
         self._write_tree = write_tree
-        self._capabilities: Capabilities | None = None
-        self._probing = trio.Lock()
+        self.kernel = Kernel(places, views)
         self._changing = trio.Lock()  # images share flat files, and come and go meanwhile
         self._spaces: dict[str, tuple[View, SharedSpace]] = {}  # by the flat file's name
 
@@ -244,65 +231,6 @@ class Showing:
             return ()
         return [self._flat_file(layer) for layer in shown.layers]
 
-    async def settle(self) -> None:
-        """Let the kernel learn that we need not be told of files being closed (FLUSH).
-
-        Once for the mount. Who closes a file waits for the answer, and cannot be killed meanwhile:
-        a reader that is killed while no daemon runs would stay for as long.
-        """
-        slot, name = 1, next(iter(_SAMPLE))
-        async with self._probing:
-            view = _sample(slot, name)
-            self._views.add(view)
-            try:
-                path = self._places.mount / name
-                await trio.to_thread.run_sync(_open_and_close, path, abandon_on_cancel=True)
-            finally:
-                self._views.remove(view)
-
-    async def clear(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """Remove what was left by daemons that were killed while they tried the kernel.
-
-        It has started when what this daemon tries cannot be mistaken for that. What of it waits for
-        the FUSE mount waits on, while this daemon is at work already.
-        """
-        root = self._places.root
-        left = await trio.to_thread.run_sync(left_behind, root)
-        task_status.started()
-        for folder in left:
-            log.info("removing %s, left by a daemon that was killed", folder)
-            try:
-                await trio.to_thread.run_sync(remove_left_behind, folder, abandon_on_cancel=True)
-            except (MountError, OSError) as error:
-                log.warning("%s is left: %s", folder, error)
-
-    async def prepare(self) -> None:
-        """Find out what the kernel can do before somebody waits for that: it takes some 0.1 s."""
-        try:
-            with trio.CancelScope(shield=True):  # or a mount of what is tried might be left
-                await self.capabilities()
-        except (FirstByteError, OSError, trio.TooSlowError) as error:
-            log.warning("what the kernel can do is found out when it is needed: %s", error)
-
-    async def capabilities(self) -> Capabilities:
-        """What this kernel can do for us, tried once. For when the FUSE mount is served."""
-        async with self._probing:
-            if self._capabilities is None:
-                samples = [_sample(slot, name) for slot, name in enumerate(_SAMPLE, 1)]
-                for view in samples:
-                    self._views.add(view)
-                try:
-                    sample = Sample(*(self._places.mount / name for name in _SAMPLE))
-                    with trio.fail_after(_PROBE_SECONDS):
-                        self._capabilities = await trio.to_thread.run_sync(
-                            probe, self._places.root, sample, abandon_on_cancel=True
-                        )
-                finally:
-                    for view in samples:
-                        self._views.remove(view)
-                log.info("the kernel: %s", self._capabilities)
-        return self._capabilities
-
     async def remove(self, shown: Shown) -> None:
         """Stop showing an image; those who still use a mount of the kernel's keep it, but nobody
         answers what it asks."""
@@ -364,7 +292,7 @@ class Showing:
 
     async def _mount_erofs(self, shown: Shown, point: Path, *, seen: bool) -> None:
         """The tree is asked of us, and what is not proven to be here."""
-        can = await self.capabilities()
+        can = await self.kernel.capabilities()
         with ExitStack() as holding:
             on_disk: Sequence[LazyLayer] = ()
             if not (seen or can.file_backed):
@@ -390,7 +318,7 @@ class Showing:
 
     async def _mounter(self, mode: Mode, layers: int) -> Mounter:
         """How to mount in a mode. Raises _CannotError if this kernel cannot."""
-        can = await self.capabilities()
+        can = await self.kernel.capabilities()
         if not layers:
             raise _CannotError("it has no layers")
         if mode is Mode.EROFS:
@@ -428,23 +356,6 @@ def _hold_proven(layers: Sequence[LazyLayer], holding: ExitStack) -> Sequence[La
                 found.append(layer)
                 holding.push(stack.pop_all())
     return found
-
-
-def _open_and_close(path: Path) -> None:
-    os.close(os.open(path, os.O_RDONLY))
-
-
-def _sample(slot: int, name: str) -> View:
-    assert slot < FIRST_SLOT
-    data = _SAMPLE[name]
-    return View(
-        name=name.encode(),
-        slot=slot,
-        reference="the sample of what the kernel can do",
-        image=FlatFile(len(data), data),
-        layers=(),
-        raw_size=0,
-    )
 
 
 def _mount(mount: Mounter, image: Path, devices: Sequence[Path], point: Path) -> bool:
