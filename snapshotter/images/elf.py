@@ -20,14 +20,16 @@ HEAD = 4096
 MAX_DYNAMIC = 64 << 10
 """Bytes of a dynamic section; 30 entries of 16 bytes are usual."""
 
-MAX_STRINGS = 4 << 20
-"""Bytes of a dynamic string table: 1.5 MB in the largest libraries of a distribution."""
+MAX_NAME = 4096
+"""Bytes of a name that is looked for, and the end after it. It is read by itself: the table that it
+is in has 5 MB in libnode."""
 
 MAX_NEEDED = 256
 
 _WIDE = 2  # e_ident[EI_CLASS]
 _ORDERS = {1: "<", 2: ">"}  # e_ident[EI_DATA]
 _PT_LOAD, _PT_DYNAMIC, _PT_INTERP = 1, 2, 3
+_PF_X, _PF_W = 1, 2
 _DT_NULL, _DT_NEEDED, _DT_STRTAB, _DT_STRSZ, _DT_RPATH, _DT_RUNPATH = 0, 1, 5, 10, 15, 29
 
 
@@ -41,10 +43,12 @@ class Part(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Program:
     """`interpreter` is where the path of the loader is, None in libraries and in static programs;
-    `dynamic` where the dynamic section is, None in static ones."""
+    `dynamic` where the dynamic section is, None in static ones. `linked` is what the loader reads
+    all of: the tables at the start, if they are apart from code, and what it changes."""
 
     interpreter: Part | None
     dynamic: Part | None
+    linked: tuple[Part, ...]
     _wide: bool
     _order: str
     _loads: tuple[tuple[int, int, int], ...]  # address, offset in the file, size in it
@@ -75,25 +79,28 @@ def program(head: bytes) -> Program:
         if wide:
             (table,) = struct.unpack_from(order + "Q", head, 32)
             size, count = struct.unpack_from(order + "HH", head, 54)
-            form, pick = order + "IIQQQQQQ", (0, 2, 3, 5)
+            form, pick = order + "IIQQQQQQ", (0, 2, 3, 5, 1)
         else:
             (table,) = struct.unpack_from(order + "I", head, 28)
             size, count = struct.unpack_from(order + "HH", head, 42)
-            form, pick = order + "IIIIIIII", (0, 1, 2, 4)
+            form, pick = order + "IIIIIIII", (0, 1, 2, 4, 6)
         rows = [struct.unpack_from(form, head, table + number * size) for number in range(count)]
     except struct.error as error:
         raise FormatError("an ELF file's program headers are not where its start is") from error
     interpreter = dynamic = None
-    loads = []
+    loads: list[tuple[int, int, int]] = []
+    linked: list[Part] = []
     for row in rows:
-        kind, offset, address, in_file = (row[column] for column in pick)
+        kind, offset, address, in_file, flags = (row[column] for column in pick)
         if kind == _PT_LOAD:
+            if flags & _PF_W or not (loads or flags & _PF_X):
+                linked.append(Part(offset, in_file))
             loads.append((address, offset, in_file))
         elif kind == _PT_DYNAMIC:
             dynamic = Part(offset, in_file)
         elif kind == _PT_INTERP:
             interpreter = Part(offset, in_file)
-    return Program(interpreter, dynamic, wide, order, tuple(loads))
+    return Program(interpreter, dynamic, tuple(linked), wide, order, tuple(loads))
 
 
 def dynamic(of: Program, section: bytes) -> Dynamic:
@@ -114,15 +121,22 @@ def dynamic(of: Program, section: bytes) -> Dynamic:
             address = value
         elif tag == _DT_STRSZ:
             size = value
-    if size > MAX_STRINGS or len(needed) > MAX_NEEDED:
-        raise FormatError(f"an ELF file needs {len(needed)} libraries, by {size} bytes of names")
+    if len(needed) > MAX_NEEDED:
+        raise FormatError(f"an ELF file needs {len(needed)} libraries")
     strings = Part(of.offset_of(address), size) if needed or paths else Part(0, 0)
     return Dynamic(strings, tuple(needed), tuple(paths))
 
 
-def string(table: bytes, at: int) -> bytes:
-    """The name at a place of a string table. Raises FormatError if there is none."""
-    end = table.find(b"\0", at)
-    if not 0 <= at < end:
+def name_at(strings: Part, place: int) -> Part:
+    """Where a name is that begins at a place of a string table. Raises FormatError."""
+    if not 0 <= place < strings.size:
         raise FormatError("an ELF file has a name outside of its names")
-    return table[at:end]
+    return Part(strings.offset + place, min(MAX_NAME, strings.size - place))
+
+
+def string(found: bytes) -> bytes:
+    """A name, and what follows it. Raises FormatError if it has no end."""
+    name, end, _ = found.partition(b"\0")
+    if not end:
+        raise FormatError("an ELF file has a name that does not end")
+    return name

@@ -41,8 +41,15 @@ _MAX_LINE = 256  # bytes of a script's first line: the kernel's limit
 _PATH = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LIBRARIES = (b"/lib", b"/usr/lib", b"/lib64", b"/usr/lib64", b"/usr/local/lib")
 
-_ALWAYS = (b"/etc/passwd", b"/etc/group", b"/etc/ld.so.cache", b"/etc/nsswitch.conf")
-"""Runtimes look up the user, the loader its cache, the C library where names are looked up."""
+_ALWAYS = (
+    b"/etc/passwd",
+    b"/etc/group",
+    b"/etc/ld.so.cache",
+    b"/etc/nsswitch.conf",
+    b"/etc/localtime",
+)
+"""Runtimes look up the user, the loader its cache, the C library where names are looked up and
+what time it is."""
 
 
 class Foresight:
@@ -156,6 +163,8 @@ class Foresight:
         """The loader and the libraries that a program or a library names."""
         found = []
         program = elf.program(head)
+        for part in program.linked:
+            self._files.want_part(nid, part.offset, part.size)
         if program.interpreter is not None:
             loader = (await self._part(nid, program.interpreter, elf.HEAD)).rstrip(b"\0")
             found.append(loader)
@@ -164,16 +173,15 @@ class Foresight:
         if program.dynamic is not None:
             section = await self._part(nid, program.dynamic, elf.MAX_DYNAMIC)
             dynamic = elf.dynamic(program, section)
-            table = await self._part(nid, dynamic.strings, elf.MAX_STRINGS)
             origin = posixpath.dirname(path)
             own = [
                 one.replace(b"${ORIGIN}", origin).replace(b"$ORIGIN", origin)
                 for at in dynamic.paths
-                for one in elf.string(table, at).split(b":")
+                for one in (await self._name(nid, dynamic.strings, at)).split(b":")
             ]
             places = [*own, *self._libraries, *self._loaders, *_LIBRARIES]
             for at in dynamic.needed:
-                found += self._library(elf.string(table, at), places)
+                found += self._library(await self._name(nid, dynamic.strings, at), places)
         return found
 
     def _library(self, name: bytes, places: Iterable[bytes]) -> Iterator[bytes]:
@@ -182,6 +190,9 @@ class Foresight:
             if path.startswith(b"/") and self._files.find(path) is not None:
                 yield path
                 return
+
+    async def _name(self, nid: int, strings: elf.Part, place: int) -> bytes:
+        return elf.string(await self._part(nid, elf.name_at(strings, place), elf.MAX_NAME))
 
     async def _part(self, nid: int, part: elf.Part, limit: int) -> bytes:
         if part.size > limit:

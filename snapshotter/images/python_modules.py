@@ -34,6 +34,8 @@ _APPLICATION = re.compile(rb"([A-Za-z_][\w.]*):[A-Za-z_][\w.]*(?:\(\))?")
 _ALWAYS = (b"encodings", b"encodings.aliases", b"encodings.utf_8", b"site", b"sitecustomize")
 """Imported by every start, besides what these import."""
 
+_LOCALE = b"/usr/lib/locale/C.utf8/LC_CTYPE"  # Python's own choice where there is none (PEP 538)
+
 _TO_RUN_A_MODULE = (b"runpy",)  # python -m
 
 _PLATFORMS = [
@@ -92,6 +94,7 @@ class PythonModules:
 
     def start(self, nursery: trio.Nursery, words: Sequence[bytes]) -> None:
         """Want what is imported when the interpreter is run with these arguments."""
+        self._files.want(_LOCALE)
         names = [*_ALWAYS]
         for option, value in pairwise((b"", *words)):
             if option == b"-m":

@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 MAX_FILE = 16 << 20
 """Bytes of a file that is asked for as a whole; of larger ones a start reads a part."""
 
-MAX_BYTES = 96 << 20
-"""Raw bytes that are asked for in all: a start that reads more has other worries."""
+MAX_BYTES = 256 << 20
+"""Raw bytes, in whole chunks, that are asked for in all: a start that reads more has other worries.
+scipy reads 130 MB of them."""
 
 MAX_FILES = 2048
 
@@ -46,7 +47,8 @@ class StartupFiles:
         self._tree = tree
         self._layers = layers
         self._wanted: set[int] = set()
-        self._bytes = 0
+        self._bytes = 0  # of raw space
+        self._chunks: set[tuple[int, int]] = set()
         self._lookups = 0
         self._listed = 0
         self._directories: dict[bytes, Mapping[bytes, int]] = {}
@@ -76,16 +78,24 @@ class StartupFiles:
         if not stat.S_ISREG(inode.mode) or nid in self._wanted or len(self._wanted) >= MAX_FILES:
             return False
         self._wanted.add(nid)
-        length = inode.size if inode.size <= MAX_FILE else elf.HEAD
-        self._bytes += length
-        if self._bytes > MAX_BYTES:
-            return False
-        for piece in self._tree.map(nid, 0, length):
+        whole = inode.size <= MAX_FILE
+        self.want_part(nid, 0, inode.size if whole else elf.HEAD)
+        return self._bytes <= MAX_BYTES
+
+    def want_part(self, nid: int, offset: int, length: int) -> None:
+        """Want some bytes of a file, but not more than of one that is wanted as a whole."""
+        length = min(length, MAX_FILE)
+        if self._bytes + length > MAX_BYTES:
+            self._bytes = MAX_BYTES + 1
+            return
+        for piece in self._tree.map(nid, offset, length):
             if piece.device:
                 first = piece.offset // CHUNK_SIZE
-                last = (piece.offset + piece.length - 1) // CHUNK_SIZE
-                self._layers[piece.device - 1].foresee(range(first, last + 1))
-        return True
+                chunks = range(first, (piece.offset + piece.length - 1) // CHUNK_SIZE + 1)
+                new = [chunk for chunk in chunks if (piece.device, chunk) not in self._chunks]
+                self._chunks.update((piece.device, chunk) for chunk in new)
+                self._bytes += CHUNK_SIZE * len(new)
+                self._layers[piece.device - 1].foresee(chunks)
 
     async def read(self, nid: int, offset: int, length: int) -> bytes:
         """Bytes of a file, fewer at its end. Raises FetchError, FormatError."""

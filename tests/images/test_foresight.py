@@ -126,16 +126,24 @@ async def test_libraries_are_found_beside_their_loader(node: Node) -> None:
     assert len(await foreseen(node, files, link, cmd=["tool"])) == 3
 
 
-async def test_of_a_large_file_only_the_head_is_wanted(
-    node: Node, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("wide", [True, False])
+async def test_of_a_large_file_what_the_loader_reads_is_wanted(
+    node: Node, monkeypatch: pytest.MonkeyPatch, *, wide: bool
 ) -> None:
     monkeypatch.setattr(startup_files, "MAX_FILE", 2 * CHUNK_SIZE)
-    layer = make_layer(tar(file(b"usr/bin/tool", make_elf() + bytes(9 * CHUNK_SIZE))), Codec.PLAIN)
+    tool = make_elf(wide=wide, writable=(7 * CHUNK_SIZE, CHUNK_SIZE // 2))
+    layer = make_layer(tar(file(b"usr/bin/tool", tool + bytes(9 * CHUNK_SIZE))), Codec.PLAIN)
     index = build([[layer.blob]])
     lazy, _ = node.mount(layer)
     await Foresight(index.tree, [lazy], RunConfig(cmd=["tool"])).look()
     lazy.close()
-    assert lazy.foreseen == {0}
+    assert lazy.foreseen == {0, 7}
+
+
+async def test_a_library_that_exports_much_brings_what_it_needs(node: Node) -> None:
+    tool = make_elf(needed=[b"libb.so"], exported=b"x" * (5 << 20))
+    files = FILES | {"usr/bin/tool": tool}
+    assert "/usr/lib/liba.so" in await foreseen(node, files, cmd=["tool"])
 
 
 @pytest.mark.parametrize(

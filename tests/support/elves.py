@@ -12,6 +12,7 @@ BASE = 0x400000
 """Where the whole file is loaded."""
 
 _LOAD, _DYNAMIC, _INTERP = 1, 2, 3
+_WRITABLE = -1  # a second _LOAD
 
 
 def make_elf(
@@ -21,12 +22,21 @@ def make_elf(
     runpath: bytes = b"",
     wide: bool = True,
     order: str = "<",
+    writable: tuple[int, int] | None = None,
+    exported: bytes = b"",
 ) -> bytes:
-    """A program or library; static if it has no interpreter and needs nothing."""
+    """A program or library; static if it has no interpreter and needs nothing. `writable` is where
+    in the file a segment is said to be that the loader changes, and its size. The names of what is
+    `exported` come before the others."""
     header, row = (64, 56) if wide else (52, 32)
     form = order + ("qQ" if wide else "iI")
-    kinds = [_LOAD, *([_INTERP] if interpreter else []), *([_DYNAMIC] if needed or runpath else [])]
-    strings, places = bytearray(b"\0"), []
+    kinds = [
+        _LOAD,
+        *([_WRITABLE] if writable else []),
+        *([_INTERP] if interpreter else []),
+        *([_DYNAMIC] if needed or runpath else []),
+    ]
+    strings, places = bytearray(b"\0" + exported + b"\0"), []
     for name in (*needed, *([runpath] if runpath else [])):
         places.append(len(strings))
         strings += name + b"\0"
@@ -40,19 +50,21 @@ def make_elf(
     end = dynamic_at + len(section)
     parts = {
         _LOAD: (0, end),
+        _WRITABLE: writable or (0, 0),
         _INTERP: (interpreter_at, len(interpreter) + 1),
         _DYNAMIC: (dynamic_at, len(section)),
     }
     rows = b""
     for kind in kinds:
         offset, size = parts[kind]
+        kind, flags = (_LOAD, 6) if kind == _WRITABLE else (kind, 4)
         if wide:
             rows += struct.pack(
-                order + "IIQQQQQQ", kind, 4, offset, BASE + offset, 0, size, size, 1
+                order + "IIQQQQQQ", kind, flags, offset, BASE + offset, 0, size, size, 1
             )
         else:
             rows += struct.pack(
-                order + "IIIIIIII", kind, offset, BASE + offset, 0, size, size, 4, 1
+                order + "IIIIIIII", kind, offset, BASE + offset, 0, size, size, flags, 1
             )
     identity = b"\x7fELF" + bytes((1 + wide, 1 + (order == ">"), 1)) + bytes(9)
     word = "Q" if wide else "I"
