@@ -185,12 +185,15 @@ class Transfer:
         Bounded, so that it gets on although somebody is blocked all the time.
         """
         with trio.move_on_after(self._give_way_bound):
-            while self._wants.count(Priority.BLOCKED) or self.hold.holds():
-                await self._wait_for_change()
+            while True:
+                now = trio.current_time()
+                if not self._wants.count(Priority.BLOCKED) and not self.hold.holds():
+                    break
+                await self._wait_for_change(now)
 
-    async def _wait_for_change(self) -> None:
-        """Until `notice` or `nudge`, or until the mood changes by itself."""
-        now = trio.current_time()
+    async def _wait_for_change(self, now: float) -> None:
+        """Until `notice` or `nudge`, or until the mood changes by itself. `now` is from before
+        that was asked for: it may have changed meanwhile."""
         moments = [pacing.rests_until for pacing in self._pacings.values()]
         moments += [self.hold.until, self._quiet_at]
         with trio.move_on_at(min((one for one in moments if one > now), default=math.inf)):
@@ -206,7 +209,7 @@ class Transfer:
             if not self.hold.holds() and (overdue or pacing.may_begin(mood, now)):
                 return
             with trio.move_on_at(deadline if mood is BLOCKED and now < deadline else math.inf):
-                await self._wait_for_change()
+                await self._wait_for_change(now)
 
     def _must_give_way(self, run: Run) -> bool:
         """Whether more of a run of fill would only be in the way of who is blocked."""

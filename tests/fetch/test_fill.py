@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,7 @@ from index.tables import CHUNK_SIZE, Codec
 from snapshotter.fetch import fill as fill_module
 from snapshotter.fetch import hold, transfer
 from snapshotter.fetch.fill import HELD_BACK, ImageFill
+from snapshotter.fetch.hold import Hold
 from snapshotter.fetch.layer import LazyLayer
 from snapshotter.fetch.pacing import FIRST_WINDOW
 from snapshotter.fetch.startup import StartupRecorder
@@ -155,6 +157,29 @@ async def test_a_start_that_goes_on_is_waited_for_but_not_for_ever(
             await wait_all_tasks_blocked(cushion=0.02)
             assert len(source.requests) == before
             node.scheduler.release_fill()
+    assert fill.fully_local.is_set()
+
+
+async def test_a_hold_that_ends_just_when_fill_has_asked_about_it_is_not_for_ever(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Hold.holds
+
+    def slow(self: Hold) -> bool:
+        held = real(self)
+        if held:
+            time.sleep(max(0, self.until - trio.current_time()) + 0.001)
+        return held
+
+    monkeypatch.setattr(Hold, "holds", slow)
+    monkeypatch.setattr(hold, "BEFORE_START", 0.2)
+    monkeypatch.setattr(hold, "LONGEST_COMPUTING", 0)
+    monkeypatch.setattr(transfer, "QUIET", 0)
+    lazy, _ = node.mount(LAYERS[3])  # one run, which nobody else wakes
+    fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
+    node.scheduler.expect_start()
+    with trio.fail_after(20):
+        await fill.run()
     assert fill.fully_local.is_set()
 
 
