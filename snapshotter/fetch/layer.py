@@ -116,20 +116,21 @@ class LazyLayer:
         self.foreseen.update(chunks)
         self._scheduler.advise(self.origin, chunks, Priority.STARTUP)
 
-    async def inspect(self, raw_offset: int, length: int) -> bytes:
-        """The same for this process's own sake: no start has touched them."""
+    async def inspect(self, raw_offset: int, length: int, *, urgent: bool) -> bytes:
+        """The same for this process's own sake: no start has touched them. If it is not `urgent`
+        a start's reads go first, and FetchError is raised also if the disk does not take them."""
         self._chunks(raw_offset, length)
         if self._closed:
             raise FetchError(f"{self.table} was unmounted")
         self.stored.retain()
         try:
-            parts = await self._collect(_cut(raw_offset, length), guess=False)
+            parts = await self._collect(_cut(raw_offset, length), inspects=True, urgent=urgent)
         finally:
             self.stored.close()
         return b"".join(parts)
 
     async def _collect(
-        self, wanted: list[_Part], *, guess: bool = True
+        self, wanted: list[_Part], *, inspects: bool = False, urgent: bool = True
     ) -> list[bytes | memoryview]:
         """The parts of chunks that are wanted, in their order."""
         stored = self.stored
@@ -139,10 +140,13 @@ class LazyLayer:
             if here:  # in one thread, because a hop costs as much as reading 256 KiB
                 found.update(await trio.to_thread.run_sync(_read_all, stored, here))
             absent = [part for part in wanted if part[0] not in found]
-            if absent:
-                if guess:
+            missing = [chunk for chunk, _, _ in absent]
+            if absent and not urgent:
+                await self._scheduler.prepare(self.origin, missing)
+            elif absent:
+                if not inspects:
                     self._guess(absent[-1][0])
-                fetched = await self._scheduler.read(self.origin, [chunk for chunk, _, _ in absent])
+                fetched = await self._scheduler.read(self.origin, missing)
                 for chunk, start, end in absent:
                     if chunk in fetched:
                         found[chunk] = memoryview(fetched[chunk])[start:end]
@@ -178,7 +182,7 @@ class LazyLayer:
             return
         if self._recorder.stopped:
             self._neighbours.forget()
-        self._fetch_ahead(chunk, self._neighbours.guess(chunk))
+        self._fetch_ahead(chunk, self._neighbours.guess(chunk, self.foreseen))
 
     def _fetch_ahead(self, chunk: int, ahead: range) -> None:
         """Who reads a chunk is expected to read these. Of what earlier starts have read, the rest

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 from index.tables import CHUNK_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 FIRST_WINDOW = (512 << 10) // CHUNK_SIZE
 LARGEST_WINDOW = (8 << 20) // CHUNK_SIZE
@@ -63,16 +67,17 @@ class Neighbours:
         self._credit = CREDIT
         self._count = FIRST_NEIGHBOURS
 
-    def guess(self, chunk: int) -> range:
+    def guess(self, chunk: int, foreseen: Collection[int] = ()) -> range:
         """Somebody has to wait for a chunk: what to fetch with it.
 
-        The range may go past the end of the layer.
+        The range may go past the end of the layer. What of it was `foreseen` is no guess: that it
+        is read says nothing about those around it.
         """
         count = min(self._count, self._credit // 2)
-        guessed = range(chunk + 1, chunk + 1 + count)
-        self._credit -= count
+        guessed = [at for at in range(chunk + 1, chunk + 1 + count) if at not in foreseen]
+        self._credit -= len(guessed)
         self._guessed.update(guessed)
-        return guessed
+        return range(chunk + 1, chunk + 1 + count)
 
     def read(self, chunk: int) -> None:
         """A chunk is read, whether it was guessed or not."""

@@ -117,7 +117,14 @@ class Scheduler:
 
         Raises FetchError, also if the disk does not take them.
         """
-        waiter = self._want(origin, chunks, Priority.FILL)
+        await self._bring(origin, chunks, Priority.FILL)
+
+    async def prepare(self, origin: Origin, chunks: Iterable[int]) -> None:
+        """As `fill`, but before anything that no start needs."""
+        await self._bring(origin, chunks, Priority.STARTUP)
+
+    async def _bring(self, origin: Origin, chunks: Iterable[int], priority: Priority) -> None:
+        waiter = self._want(origin, chunks, priority)
         if waiter.pending:
             await self._wait(waiter)
 

@@ -148,7 +148,7 @@ class PythonModules:
 
     async def _look_into(self, nursery: trio.Nursery, source: int, package: _Name) -> None:
         try:
-            text = await self._files.read(source, 0, MAX_SOURCE)
+            text = await self._files.read(source, 0, MAX_SOURCE, urgent=False)
         except FirstByteError as error:
             log.debug("what a module of %r imports is not foreseen: %s", package, error)
             return

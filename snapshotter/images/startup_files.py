@@ -97,13 +97,13 @@ class StartupFiles:
                 self._bytes += CHUNK_SIZE * len(new)
                 self._layers[piece.device - 1].foresee(chunks)
 
-    async def read(self, nid: int, offset: int, length: int) -> bytes:
+    async def read(self, nid: int, offset: int, length: int, *, urgent: bool = True) -> bytes:
         """Bytes of a file, fewer at its end. Raises FetchError, FormatError."""
         parts = []
         for piece in self._tree.map(nid, offset, length):
             if piece.device:
                 layer = self._layers[piece.device - 1]
-                parts.append(await layer.inspect(piece.offset, piece.length))
+                parts.append(await layer.inspect(piece.offset, piece.length, urgent=urgent))
             else:
                 parts.append(bytes(piece.length))
         return b"".join(parts)

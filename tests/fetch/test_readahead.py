@@ -63,6 +63,15 @@ def test_who_reads_it_gets_more_the_next_time() -> None:
         count = min(2 * count + 1, NEIGHBOURS)
 
 
+def test_what_was_foreseen_earns_nothing() -> None:
+    neighbours = Neighbours()
+    for chunk in range(0, 400, 100):
+        assert neighbours.guess(chunk, foreseen={chunk + 1}) == range(
+            chunk + 1, chunk + 1 + FIRST_NEIGHBOURS
+        )
+        neighbours.read(chunk + 1)
+
+
 def test_who_never_reads_what_was_guessed_is_at_random_places() -> None:
     neighbours = Neighbours()
     far = range(0, 1000 * NEIGHBOURS, 2 * NEIGHBOURS)
