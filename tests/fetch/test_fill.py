@@ -175,12 +175,12 @@ async def test_a_hold_that_ends_just_when_fill_has_asked_about_it_is_not_for_eve
     monkeypatch.setattr(hold, "BEFORE_START", 0.2)
     monkeypatch.setattr(hold, "LONGEST_COMPUTING", 0)
     monkeypatch.setattr(transfer, "QUIET", 0)
-    lazy, _ = node.mount(LAYERS[3])  # one run, which nobody else wakes
-    fill = ImageFill([lazy], node.scheduler, quarantine=must_not_quarantine)
+    lazy, _ = node.mount(make_layer(sample_bytes(1000), Codec.PLAIN))
     node.scheduler.expect_start()
     with trio.fail_after(20):
-        await fill.run()
-    assert fill.fully_local.is_set()
+        await node.scheduler.fill(lazy.origin, [0])
+    assert lazy.stored.complete
+    lazy.close()
 
 
 async def test_layers_are_hashed_while_the_rest_is_on_its_way(
