@@ -8,6 +8,7 @@ lies about its layers is shown where no honest one is.
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import replace
 from functools import partial
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TRIM_SECONDS = 30.0
+_TRIM_SECONDS = 10.0
 """What is read again meanwhile is in the page cache, 64 KiB a fault; a guess."""
 
 
@@ -97,6 +98,7 @@ class Images:
         self._lookup = Lookup(knowledge, self.room, trusted)
         self._opener = Opener(store, self._showing, scheduler, self._completion, self.room)
         self._open: dict[tuple[bytes, bool], OpenImage] = {}  # index digest, whether all layers
+        self._closed = False  # whether an image was, lately
         self._restored: list[OpenImage] = []
         self._opening: WeakValueDictionary[object, trio.Lock] = WeakValueDictionary()
 
@@ -290,11 +292,15 @@ class Images:
         self._restored.clear()
 
     async def keep_small(self) -> None:
-        """Give back, from time to time, the memory that reading file indexes has taken."""
+        """Give back, from time to time, the memory that reading file indexes has taken, and the
+        mappings of those of closed images: somebody's error may still hold them, in a circle."""
         while True:
             await trio.sleep(_TRIM_SECONDS)
             for image in self._open.values():
                 image.found.index.trim()
+            if self._closed:
+                self._closed = False
+                gc.collect()
 
     def all(self) -> list[OpenImage]:
         """The images that are open, those of lower layers alone left out."""
@@ -378,7 +384,8 @@ class Images:
             await self._showing.remove(image.shown)
             for layer in image.layers:
                 layer.close()
-            image.found.index.trim()  # the mapping itself stays until the garbage collector comes
+            image.found.index.trim()  # the mapping itself stays until `keep_small` comes
+            self._closed = True
             for digest in image.manifests:
                 self._knowledge.touch(digest)
             log.info("closed %s", image.view.reference)
