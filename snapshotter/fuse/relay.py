@@ -105,6 +105,7 @@ class Relay:
                     offset, size = wire.READ_IN.unpack_from(body)
                     left -= size >> _DATA_SHIFT
                     reads.begin(view, unique, nodeid, thread, offset, size)
+                    view = None  # or an image that goes would stay until somebody reads another
                     await waiters.wait_for_room()
                 elif opcode == Opcode.INTERRUPT:
                     waiters.interrupt(*wire.INTERRUPT_IN.unpack_from(body))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import socket
 import struct
 import termios
+import weakref
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +130,20 @@ async def test_data_at_hand_is_the_answer(view: View) -> None:
         for offset, size, data in ((0, 4096, b"content"), (3, 2, b"te"), (7, 100, b"")):
             unique = await played.ask(Opcode.READ, number_of(view), read_in(offset, size))
             assert await played.reply() == (unique, 0, data)
+
+
+async def test_an_image_that_has_gone_is_not_held_until_another_one_is_read() -> None:
+    files, raw = packed({b"f": b"content"})
+    image = view_of(directory(files), [MemoryLayer(raw)])
+    gone = weakref.ref(image)
+    async with relaying() as played:
+        played.views.add(image)
+        await played.ask(Opcode.READ, number_of(image), read_in(0, 4096))
+        await played.reply()
+        played.views.remove(image)
+        del image
+        gc.collect()
+        assert gone() is None
 
 
 @pytest.mark.parametrize("handle", [0, 1, 2**64 - 1])
@@ -384,8 +400,9 @@ async def test_what_the_device_says_instead_of_a_request(
     os_readv = os.readv
     monkeypatch.setattr(device.os, "readv", readv)
     async with relaying(view) as played:
+        # A device whose mount is gone can be read, too (fuse_dev_poll: EPOLLERR).
+        unique = await played.ask(Opcode.READ, number_of(view), read_in(0, 4096))
         if gone:
             await played.ended.wait()
         else:
-            unique = await played.ask(Opcode.READ, number_of(view), read_in(0, 4096))
             assert await played.reply() == (unique, 0, b"content")
