@@ -141,8 +141,9 @@ class PythonModules:
     def _want(self, nursery: trio.Nursery, name: _Name, found: _Found) -> None:
         if found.extension is not None:
             nursery.start_soon(self._visit, nursery, found.extension)
-        if found.source is not None:
-            self._files.want_inode(found.source if found.compiled is None else found.compiled)
+        if found.source is None:
+            return
+        if self._files.want_inode(found.source if found.compiled is None else found.compiled):
             package = name if found.directory is not None else name[:-1]
             nursery.start_soon(self._look_into, nursery, found.source, package)
 
