@@ -86,7 +86,7 @@ def plan(
                 excess -= layer.disk
     images = {
         digest: Why.EMPTY
-        for digest, facts in names.items()
+        for digest, facts in sorted(names.items(), key=lambda one: _last_used(one[1], inventory))
         if digest not in in_use.images and _is_empty(facts, inventory, layers)
     }
     left = {
@@ -102,6 +102,12 @@ def plan(
         if digest not in left and digest not in in_use.indexes
     }
     return Plan(leftovers, layers, indexes, images)
+
+
+def _last_used(facts: ImageFacts, inventory: Inventory) -> int:
+    """When anything of an image was used last; 0 if nothing is here."""
+    here = (inventory.layers.get(key) for key in facts.record.content_keys)
+    return max((layer.used_ns for layer in here if layer is not None), default=0)
 
 
 def _is_empty(facts: ImageFacts, inventory: Inventory, going: Collection[bytes]) -> bool:

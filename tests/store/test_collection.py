@@ -116,6 +116,22 @@ def test_what_is_in_use_stays_and_of_the_rest_the_oldest_goes_as_far_as_needed(
         assert (name in found.images) == (empty and name not in in_use.images)
 
 
+def test_images_go_in_the_order_in_which_they_were_used_last() -> None:
+    used = {1: 7, 2: 9, 3: 8}
+    inventory = Inventory(
+        layers={key(one): LayerFacts(key(one), 5, 0, 0, used_ns) for one, used_ns in used.items()},
+        indexes={},
+        images=[
+            ImageFacts(record("latest", [1, 2], [1]), 1, 0),
+            ImageFacts(record("oldest", [1], [1]), 1, 0),
+            ImageFacts(record("other", [3], [1]), 1, 0),
+        ],
+        leftovers={},
+    )
+    found = plan(inventory, InUse(set(), set(), set()), None, kernel_uses=lambda _: False)
+    assert [*found.images] == ["oldest", "other", "latest"]
+
+
 def test_a_survey_finds_everything_and_changes_nothing(tmp_path: Path) -> None:
     layer = make_layer(sample_bytes(3 * CHUNK_SIZE + 10), Codec.PLAIN)
     image = sample_image()
