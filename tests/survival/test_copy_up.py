@@ -7,6 +7,7 @@ who renames there waits for the next daemon; so it must not be one of them.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from contextlib import contextmanager
@@ -37,20 +38,30 @@ def test_a_daemon_starts_while_a_file_is_copied_up(here: Instance, tmp_path: Pat
     (other / "file").touch()
     options = f"lowerdir={lower},upperdir={upper},workdir={work}"
     syscalls.mount("overlay", merged, "overlay", MountFlag(0), options)
-    (merged / "d").stat()
-    daemon.kill()
-    daemon.wait()
-    with (
-        failing_if_not_answered(here.state / "fs"),
-        subprocess.Popen(["chmod", "700", merged / "d"]) as copying,
-    ):
-        wait_until(lambda: waits_for(copying) == "request_wait_answer")
-        with subprocess.Popen(["mv", other / "file", upper]) as renaming:
-            wait_until(lambda: waits_for(renaming) == "do_renameat2")
-            here.start()
-            assert copying.wait(30) == renaming.wait(30) == 0
+    with held(merged / "d"):  # or chmod would wait for the name, if somebody drops the caches
+        daemon.kill()
+        daemon.wait()
+        with (
+            failing_if_not_answered(here.state / "fs"),
+            subprocess.Popen(["chmod", "700", merged / "d"]) as copying,
+        ):
+            wait_until(lambda: waits_for(copying) == "request_wait_answer")
+            with subprocess.Popen(["mv", other / "file", upper]) as renaming:
+                wait_until(lambda: waits_for(renaming) == "do_renameat2")
+                here.start()
+                assert copying.wait(30) == renaming.wait(30) == 0
     syscalls.unmount(merged)
     assert (upper / "d").stat().st_mode & 0o777 == 0o700
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """The kernel keeps what it knows of a file in memory."""
+    descriptor = os.open(path, os.O_PATH)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def waits_for(process: subprocess.Popen[bytes]) -> str:
