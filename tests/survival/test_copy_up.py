@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,14 +42,15 @@ def test_a_daemon_starts_while_a_file_is_copied_up(here: Instance, tmp_path: Pat
         daemon.kill()
         daemon.wait()
         with (
-            failing_if_not_answered(here.state / "fs"),
             subprocess.Popen(["chmod", "700", merged / "d"]) as copying,
+            ExitStack() as ended,
+            failing_if_not_answered(here.state / "fs"),
         ):
             wait_until(lambda: waits_for(copying) == "request_wait_answer")
-            with subprocess.Popen(["mv", other / "file", upper]) as renaming:
-                wait_until(lambda: waits_for(renaming) == "do_renameat2")
-                here.start()
-                assert copying.wait(30) == renaming.wait(30) == 0
+            renaming = ended.enter_context(subprocess.Popen(["mv", other / "file", upper]))
+            wait_until(lambda: waits_for(renaming) == "do_renameat2")
+            here.start()
+            assert copying.wait(30) == renaming.wait(30) == 0
     syscalls.unmount(merged)
     assert (upper / "d").stat().st_mode & 0o777 == 0o700
 
@@ -71,7 +72,8 @@ def waits_for(process: subprocess.Popen[bytes]) -> str:
 
 @contextmanager
 def failing_if_not_answered(mount: Path) -> Iterator[None]:
-    """If the block fails, so does what the FUSE mount is asked: no signal ends who waits for it."""
+    """If the block fails, so does what the FUSE mount is asked: no signal ends who waits for it, so
+    this comes before anybody waits for them."""
     entry = mount_at(mount)
     assert entry is not None
     try:
