@@ -23,18 +23,17 @@ def read(data: bytes) -> tuple[bytes | None, list[bytes], list[bytes]]:
     interpreter = None
     if program.interpreter is not None:
         at, size = program.interpreter
-        interpreter = elf.string(data[at : at + size], 0)
+        interpreter = elf.string(data[at : at + size])
     if program.dynamic is None:
         return interpreter, [], []
     at, size = program.dynamic
     dynamic = elf.dynamic(program, data[at : at + size])
-    at, size = dynamic.strings
-    table = data[at : at + size]
-    return (
-        interpreter,
-        [elf.string(table, place) for place in dynamic.needed],
-        [elf.string(table, place) for place in dynamic.paths],
-    )
+
+    def name(place: int) -> bytes:
+        at, size = elf.name_at(dynamic.strings, place)
+        return elf.string(data[at : at + size])
+
+    return interpreter, [*map(name, dynamic.needed)], [*map(name, dynamic.paths)]
 
 
 @given(NAMES, st.sampled_from([b"", b"$ORIGIN/../lib:/opt"]), st.booleans(), st.sampled_from("<>"))
