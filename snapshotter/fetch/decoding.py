@@ -1,8 +1,8 @@
 """A blob on its way through a decoder, from a seek point on: received, decoded, cut into chunks.
 
 A decoding outlives its run: whoever wants what comes next goes on where it is, instead of at the
-seek point before. Layers that nobody made for lazy pulling have few of these (gzip: one for 1
-or 2 MiB of raw space), and a start reads a little here and a little there.
+seek point before. Layers that nobody made for lazy pulling have few of these (gzip: one for 2 MiB
+or more of raw space), and a start reads a little here and a little there.
 """
 
 from __future__ import annotations
