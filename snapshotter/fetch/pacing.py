@@ -172,9 +172,8 @@ class Pacing:
     def segment(self, mood: Mood) -> int:
         """Bytes of one request of fill. On short links a few large ones: each costs as much
         processor time as decoding a quarter of a megabyte."""
-        window = self.window(mood)
-        large = int(self.rate * (mood.queue - self.delay))
-        segment = max(window // self.fan, min(large, window // 2))
+        short = 0 < self.delay < mood.queue
+        segment = self.window(mood) // (min(self.fan, 2) if short else self.fan)
         return min(max(segment, SMALLEST_SEGMENT), LARGEST_SEGMENT)
 
     def may_begin(self, mood: Mood, now: float) -> bool:
