@@ -90,10 +90,10 @@ class Foresight:
             for number, word in enumerate(words[:_MAX_WORDS]):
                 if number == 0:
                     yield from self._programs(word)
-                elif b" " in word:  # `sh -c`
+                if b" " in word:  # `sh -c`
                     for part in word.split()[:_MAX_WORDS]:
                         yield from self._programs(part)
-                else:
+                else:  # what comes after an entrypoint is an argument, the first one as well
                     yield posixpath.join(self._directory, word)
 
     def _programs(self, word: bytes) -> Iterator[bytes]:

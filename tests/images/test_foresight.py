@@ -93,6 +93,10 @@ ALWAYS = ["/etc/passwd"]
         ),
         ({"entrypoint": ["/srv/script"], "cmd": ["x"]}, ["/srv/script", "/usr/bin/env", *TOOL]),
         ({"entrypoint": ["other"], "cmd": ["tool"]}, ["/usr/bin/other", *TOOL]),
+        (
+            {"entrypoint": ["other"], "cmd": ["script"], "working_dir": "/srv"},
+            ["/srv/script", "/usr/bin/env", "/usr/bin/other", *TOOL],
+        ),
         ({"cmd": ["sh", "-c", "exec tool --fast"]}, ["/usr/bin/sh", *TOOL]),
         (
             {"cmd": ["other", "data", "tool"], "working_dir": "/srv"},
