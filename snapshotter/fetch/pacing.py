@@ -172,7 +172,7 @@ class Pacing:
     def segment(self, mood: Mood) -> int:
         """Bytes of one request of fill. On short links a few large ones: each costs as much
         processor time as decoding a quarter of a megabyte."""
-        short = 0 < self.delay < mood.queue
+        short = self.rate > 0 and self.delay < mood.queue
         segment = self.window(mood) // (min(self.fan, 2) if short else self.fan)
         return min(max(segment, SMALLEST_SEGMENT), LARGEST_SEGMENT)
 
