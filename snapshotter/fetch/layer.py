@@ -124,13 +124,13 @@ class LazyLayer:
             raise FetchError(f"{self.table} was unmounted")
         self.stored.retain()
         try:
-            parts = await self._collect(_cut(raw_offset, length), inspects=True, urgent=urgent)
+            parts = await self._collect(_cut(raw_offset, length), guess=False, urgent=urgent)
         finally:
             self.stored.close()
         return b"".join(parts)
 
     async def _collect(
-        self, wanted: list[_Part], *, inspects: bool = False, urgent: bool = True
+        self, wanted: list[_Part], *, guess: bool = True, urgent: bool = True
     ) -> list[bytes | memoryview]:
         """The parts of chunks that are wanted, in their order."""
         stored = self.stored
@@ -144,7 +144,7 @@ class LazyLayer:
             if absent and not urgent:
                 await self._scheduler.prepare(self.origin, missing)
             elif absent:
-                if not inspects:
+                if guess:
                     self._guess(absent[-1][0])
                 fetched = await self._scheduler.read(self.origin, missing)
                 for chunk, start, end in absent:

@@ -105,6 +105,7 @@ async def test_there_is_an_end_to_what_is_looked_for(
     assert f"/{SITE}/pack/__init__.py" not in found
 
 
+OTHERS = set(LIBRARY.glob("[w-z]*.py"))  # most of which it does not load
 CODE = """import json, sys
 print(json.dumps([one.__spec__.origin for one in sys.modules.values() if one.__spec__]))"""
 
@@ -126,8 +127,7 @@ async def test_a_real_python_imports_nothing_that_was_not_foreseen(
     node: Node, loaded: set[Path]
 ) -> None:
     version = f"python3.{sys.version_info.minor}"
-    others = set(LIBRARY.glob("[w-z]*.py"))  # noqa: ASYNC240
-    names = {path: f"usr/lib/{version}/{path.relative_to(LIBRARY)}" for path in loaded | others}
+    names = {path: f"usr/lib/{version}/{path.relative_to(LIBRARY)}" for path in loaded | OTHERS}
     files = {name: path.read_bytes() for path, name in names.items()}
     files[f"usr/bin/{version}"] = make_elf()
     found = await foreseen(node, files, cmd=[version, "-c", CODE])
