@@ -48,7 +48,6 @@ class StartupFiles:
         self._layers = layers
         self._wanted: set[int] = set()
         self._bytes = 0  # of raw space
-        self._chunks: set[tuple[int, int]] = set()
         self._lookups = 0
         self._listed = 0
         self._directories: dict[bytes, Mapping[bytes, int]] = {}
@@ -90,12 +89,11 @@ class StartupFiles:
             return
         for piece in self._tree.map(nid, offset, length):
             if piece.device:
+                layer = self._layers[piece.device - 1]
                 first = piece.offset // CHUNK_SIZE
                 chunks = range(first, (piece.offset + piece.length - 1) // CHUNK_SIZE + 1)
-                new = [chunk for chunk in chunks if (piece.device, chunk) not in self._chunks]
-                self._chunks.update((piece.device, chunk) for chunk in new)
-                self._bytes += CHUNK_SIZE * len(new)
-                self._layers[piece.device - 1].foresee(chunks)
+                self._bytes += CHUNK_SIZE * sum(chunk not in layer.foreseen for chunk in chunks)
+                layer.foresee(chunks)
 
     async def read(self, nid: int, offset: int, length: int, *, urgent: bool = True) -> bytes:
         """Bytes of a file, fewer at its end. Raises FetchError, FormatError."""
