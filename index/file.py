@@ -119,6 +119,17 @@ class FileIndex:
             for section, stored in sorted(self._sections.items())
         }
 
+    def describes_the_same(self, other: FileIndex) -> bool:
+        """Whether tree, layers and chunks are the same; seek points may be others."""
+        ours, theirs = (
+            [
+                (table.digest, table.diff_id, table.codec, table.blob_size, table.content_key)
+                for table in index.layers
+            ]
+            for index in (self, other)
+        )
+        return ours == theirs and bytes(self.tree.buffer) == bytes(other.tree.buffer)
+
     def window(self, layer: int, point: int) -> bytes | None:
         """The 32 KiB before a seek point, or None where decoding needs none."""
         table = self.layers[layer]

@@ -53,9 +53,9 @@ PAGE = 4096
 # The most that an index from outside may unfold to: 16 million files at 128 bytes each.
 MAX_EXPANDED = 2 << 30
 ZSTD_LEVEL = 15
-# 0.9 ms a window. Level 19 takes 11.4 ms, as long as inflating what lies between two windows, and
-# saves 3.3 %.
-WINDOW_LEVEL = 12
+# 0.3 ms a window. Level 12 takes 0.9 ms and saves 0.3 %; level 19 takes 11.4 ms, as long as
+# inflating what lies between two windows, and saves 3.7 %.
+WINDOW_LEVEL = 9
 
 
 class Section(enum.IntEnum):

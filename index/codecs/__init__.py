@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from index.codecs.base import PIECE_SIZE, Decoder, Scanner
+from index.codecs.base import PIECE_SIZE, Decoder, Scanner, Submit, at_once
 from index.codecs.frames import FrameDecoder, FrameScanner
 from index.codecs.gzip import GzipDecoder, GzipScanner
 from index.codecs.lz4 import Lz4Frames
@@ -38,13 +38,14 @@ def detect(head: bytes) -> Codec:
     return Codec.PLAIN
 
 
-def scanner(codec: Codec, *, limit: int) -> Scanner:
-    """For a whole blob with at most `limit` raw bytes. See Scanner."""
+def scanner(codec: Codec, *, limit: int, submit: Submit = at_once) -> Scanner:
+    """For a whole blob with at most `limit` raw bytes. See Scanner. What can be done beside
+    decompressing goes to `submit`."""
     match codec:
         case Codec.PLAIN:
             return PlainScanner(limit=limit)
         case Codec.GZIP:
-            return GzipScanner(limit=limit)
+            return GzipScanner(limit=limit, submit=submit)
         case Codec.ZSTD:
             return FrameScanner(ZstdFrames(), limit=limit)
         case Codec.LZ4:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from index.errors import CodecError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from index.tables import SeekPoint
 
+_T = TypeVar("_T")
+
 PIECE_SIZE = 1 << 20
 """The most raw bytes that a scanner hands out at once: what a bomb can make it hold in memory."""
+
+
+class Submit(Protocol):
+    """Lets work be done, now or in a thread: one after the other, in this order."""
+
+    def __call__(self, work: Callable[[_T], None], subject: _T, /) -> None: ...
+
+
+def at_once(work: Callable[[_T], None], subject: _T) -> None:
+    """A Submit."""
+    work(subject)
 
 
 class Scanner(Protocol):
@@ -20,8 +33,9 @@ class Scanner(Protocol):
 
     What it notes is a property of the blob alone: not of how the input was cut into pieces, nor
     of the machine or the version of a library. `points` and `windows` are complete after
-    `finish`; the first point is at raw 0 always, the last lies before the end of raw space unless
-    it is the first. `windows` has WINDOW_SIZE bytes for each point that has a window, in order.
+    `finish`, when all that was submitted is done; the first point is at raw 0 always, the last lies
+    before the end of raw space unless it is the first. `windows` has WINDOW_SIZE bytes for each
+    point that has a window, in order.
     """
 
     points: list[SeekPoint]

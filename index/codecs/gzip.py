@@ -6,57 +6,70 @@ before it that later data refers to. The start of a member needs no window.
 
 from __future__ import annotations
 
+import enum
+import struct
 from typing import TYPE_CHECKING, cast
 
 from isal import isal_zlib
 
-from index.codecs.base import PIECE_SIZE, RawLimit
+from index.codecs.base import PIECE_SIZE, RawLimit, Submit, at_once
 from index.codecs.inflate import (
     BLOCK,
     GZIP,
     NO_FLUSH,
     RAW_DEFLATE,
     STREAM_END,
+    WINDOW_SIZE,
     Inflater,
     address_of,
 )
-from index.codecs.window import WindowProbe
+from index.codecs.points import MOST_FOLLOWING, Border, PointChooser, next_look
 from index.errors import CodecError
-from index.tables import CHUNK_SIZE, SeekPoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CHECKPOINT_SPACING = 2 << 20
-"""Raw bytes after a point from which on the next border of blocks becomes one.
+_TRAILER = struct.Struct("<II")  # CRC-32 and length of a member (RFC 1952, section 2.3.1)
+_TRAILER_SIZE = _TRAILER.size
 
-Measured on 515 MB of /usr/lib/python3* and /usr/bin under gzip -6 (183 MB), windows at zstd 19:
+_BATCH = 8
+"""Borders that are considered together: each with up to 32 KiB of raw space and the input for as
+much; a hop to another thread costs as much as considering one."""
 
-    spacing  points  windows' share of the blob  decoding a whole span
-    1 MiB    468     0.57 %                       2.9 ms
-    2 MiB    240     0.30 %                       6.2 ms
-    4 MiB    122     0.15 %                      11.3 ms
 
-The whole file index should stay below 0.5 % of an image; chunk digests take another 0.04 %.
-"""
+class _Part(enum.Enum):
+    """What of a gzip member comes next."""
 
-MEMBER_SPACING = CHUNK_SIZE
-"""The same for the start of a member, which costs a row in the table but no window."""
+    HEADER = enum.auto()
+    DEFLATE = enum.auto()
+    TRAILER = enum.auto()
+    NOTHING = enum.auto()  # another member, or padding
 
 
 class GzipScanner:
-    """See Scanner. Members' CRC-32 and length are checked; zeros after the last are padding."""
+    """See Scanner. Members' CRC-32 and length are checked; zeros after the last are padding.
 
-    def __init__(self, *, limit: int) -> None:
-        self.points: list[SeekPoint] = []
-        self.windows: list[bytes] = []
+    Points are chosen by `submit`. The CRC is isal's: zlib's takes a tenth of the time of inflating.
+    """
+
+    def __init__(self, *, limit: int, submit: Submit = at_once) -> None:
+        self._chooser = PointChooser()
+        self.points = self._chooser.points
+        self.windows = self._chooser.windows
+        self._submit = submit
+        self._borders: list[Border] = []  # to be considered
+        self._noted = 0  # raw offset of the last one
+        self._followed: Border | None = None
+        self._following = bytearray()
         self._raw = RawLimit(limit)
         self._taken = 0  # bytes of the blob
         self._last_byte = 0  # of those taken
-        self._inflater = Inflater(GZIP, PIECE_SIZE)
-        self._probe = WindowProbe()
-        self._between_members = True
-        self._in_header = False
+        self._part = _Part.NOTHING
+        self._members = 0
+        self._header = Inflater(GZIP, 1)
+        self._inflater = Inflater(RAW_DEFLATE, PIECE_SIZE)
+        self._crc = self._member_size = 0
+        self._trailer = b""
         self._padding = False
 
     def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
@@ -65,39 +78,44 @@ class GzipScanner:
         position = 0
         more_output = False
         while position < len(data) or more_output:
-            if self._between_members:
-                if self._take_padding(data, position):
-                    return
-                self._inflater.restart()
-                self._between_members, self._in_header = False, True
-            flush, room = self._stride()
-            code, taken, raw = self._inflater.run(
-                address + position, len(data) - position, room, flush
-            )
-            more_output = len(raw) == room
-            if self._probe.active and self._probe.feed(address + position, taken):
-                self._note_window(self._probe.needed())
-            position += taken
-            self._taken += taken
-            if taken:
-                self._last_byte = data[position - 1]
-            if raw:
-                self._raw.count(len(raw))
-                yield raw
-            if code == STREAM_END:
-                self._between_members, more_output = True, False
-            elif flush == BLOCK and self._inflater.at_border:
-                self._note_border()
+            match self._part:
+                case _Part.NOTHING:
+                    if self._take_padding(data, position):
+                        return
+                    self._header.restart()
+                    self._part = _Part.HEADER
+                case _Part.HEADER:
+                    position += self._take_header(address + position, len(data) - position)
+                case _Part.TRAILER:
+                    position += self._take_trailer(data[position : position + _TRAILER_SIZE])
+                case _Part.DEFLATE:
+                    flush, room = self._stride()
+                    code, taken, raw = self._inflater.run(
+                        address + position, len(data) - position, room, flush
+                    )
+                    more_output = len(raw) == room and code != STREAM_END
+                    self._note_input(data[position : position + taken])
+                    position += taken
+                    if raw:
+                        self._note_output(raw)
+                        yield raw
+                    if code == STREAM_END:
+                        self._end_following()
+                        self._part = _Part.TRAILER
+                    elif self._raw.total - self._noted >= WINDOW_SIZE:
+                        self._end_following()
+                    if flush == BLOCK and self._inflater.at_border:
+                        self._note_border()
 
     def finish(self) -> None:
-        if not self._between_members or not self.points:
+        if self._part is not _Part.NOTHING or not self._members:
             raise CodecError(f"gzip data is truncated after {self._taken} bytes")
-        if len(self.points) > 1 and self.points[-1].raw_offset == self._raw.total:
-            self.points.pop()  # nothing follows it, so it has got no window
+        self._submit(self._chooser.consider, self._borders)
+        self._submit(self._chooser.finish, self._raw.total)
 
     def _take_padding(self, data: bytes, position: int) -> bool:
         """Whether the rest is padding. Zeros may follow the last member, and then nothing else."""
-        if not self._padding and (data[position] or not self.points):
+        if not self._padding and (data[position] or not self._members):
             return False
         self._padding = True
         if data.count(0, position) != len(data) - position:
@@ -105,36 +123,74 @@ class GzipScanner:
         self._taken += len(data) - position
         return True
 
+    def _take_header(self, address: int, length: int) -> int:
+        _, taken, _ = self._header.run(address, length, 1, BLOCK)
+        self._taken += taken
+        if self._header.at_border:
+            self._inflater.restart()
+            self._crc = self._member_size = 0
+            self._part = _Part.DEFLATE
+            self._members += 1
+            self._noted = self._raw.total
+            self._consider(Border(self._raw.total, self._taken * 8))
+        return taken
+
+    def _take_trailer(self, data: bytes) -> int:
+        taken = min(len(data), _TRAILER_SIZE - len(self._trailer))
+        self._taken += taken
+        self._trailer += data[:taken]
+        if len(self._trailer) == _TRAILER_SIZE:
+            if self._trailer != _TRAILER.pack(self._crc, self._member_size & 0xFFFFFFFF):
+                raise CodecError("malformed gzip data: it does not match its own CRC and length")
+            self._trailer = b""
+            self._part = _Part.NOTHING
+        return taken
+
+    def _note_input(self, taken: bytes) -> None:
+        if taken:
+            self._taken += len(taken)
+            self._last_byte = taken[-1]
+            if self._followed is not None:
+                self._following += taken[: MOST_FOLLOWING - len(self._following)]
+
+    def _note_output(self, raw: bytes) -> None:
+        self._raw.count(len(raw))
+        self._member_size += len(raw)
+        self._crc = isal_zlib.crc32(raw, self._crc)
+
     def _stride(self) -> tuple[int, int]:
         """How far to decompress at once: (flush mode, most raw bytes).
 
-        Far from the next point, borders of blocks are passed over. Until one byte before it, so
-        that no border that counts can be passed whatever the input's pieces are.
+        Borders of blocks that cannot become points are passed over. Until one byte before the
+        first that can, so that it is not passed whatever the input's pieces are.
         """
-        if self._in_header:
-            return BLOCK, PIECE_SIZE
-        ahead = self.points[-1].raw_offset + CHECKPOINT_SPACING - 1 - self._raw.total
+        ahead = next_look(self._raw.total, self._noted) - 1 - self._raw.total
         return (NO_FLUSH, min(ahead, PIECE_SIZE)) if ahead > 0 else (BLOCK, PIECE_SIZE)
 
     def _note_border(self) -> None:
-        """The stream is before a deflate block: make it a checkpoint if it is far enough."""
-        member_start, self._in_header = self._in_header, False
-        spacing = MEMBER_SPACING if member_start else CHECKPOINT_SPACING
-        if self.points and self._raw.total - self.points[-1].raw_offset < spacing:
-            return
-        unused_bits = self._inflater.unused_bits
-        self.points.append(SeekPoint(self._raw.total, self._taken * 8 - unused_bits))
-        if not member_start:
-            self._probe.start(
-                self._inflater.window(), unused_bits=unused_bits, last_byte=self._last_byte
+        """The stream is before a deflate block."""
+        if self._raw.total == next_look(self._raw.total, self._noted):
+            self._noted = self._raw.total
+            self._followed = Border(
+                self._raw.total,
+                self._taken * 8 - self._inflater.unused_bits,
+                self._last_byte,
+                self._inflater.window(),
             )
 
-    def _note_window(self, window: bytes | None) -> None:
-        """What the last point needs is known."""
-        if window is not None:
-            point = self.points[-1]
-            self.points[-1] = SeekPoint(point.raw_offset, point.bit_offset, has_window=True)
-            self.windows.append(window)
+    def _end_following(self) -> None:
+        """All output that can refer to the last border's window has come."""
+        if self._followed is not None:
+            self._followed.following = bytes(self._following)
+            self._consider(self._followed)
+            self._followed = None
+            self._following.clear()
+
+    def _consider(self, border: Border) -> None:
+        self._borders.append(border)
+        if len(self._borders) == _BATCH:
+            self._submit(self._chooser.consider, self._borders)
+            self._borders = []
 
 
 _ISAL_ERROR = cast("type[Exception]", isal_zlib.error)  # its stub says that it is an instance
@@ -142,8 +198,6 @@ _ISAL_ERROR = cast("type[Exception]", isal_zlib.error)  # its stub says that it 
 _FEED_SIZE = 64 << 10
 """Bytes given to isal at once. At the end of a member it copies what it was given too much, so
 that without this a blob of tiny members would take time quadratic in the size of a piece."""
-
-_TRAILER_SIZE = 8  # CRC-32 and length of a member (RFC 1952, section 2.3.1)
 
 
 class GzipDecoder:

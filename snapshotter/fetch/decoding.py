@@ -1,8 +1,8 @@
 """A blob on its way through a decoder, from a seek point on: received, decoded, cut into chunks.
 
 A decoding outlives its run: whoever wants what comes next goes on where it is, instead of at the
-seek point before. Layers that nobody made for lazy pulling have few of these (gzip: one for 2 MiB
-or more of raw space), and a start reads a little here and a little there.
+seek point before. Layers that nobody made for lazy pulling have few of these (gzip: one for 1
+or 2 MiB of raw space), and a start reads a little here and a little there.
 """
 
 from __future__ import annotations
@@ -114,15 +114,22 @@ class Decoding:
             self.broken = True
             raise
 
-    def take_head(self, table: LayerTable) -> Head | None:
-        """What came before its first chunk, once, when all of that is here."""
+    @property
+    def owes_head(self) -> bool:
+        """Whether what comes before its first chunk is still to come, or to be taken."""
+        return self._head_size > 0 and not self.broken
+
+    def head(self, table: LayerTable) -> Head | None:
+        """What came before its first chunk, when all of that is here, until it is dropped."""
         if not self._head_size or len(self._head) < self._head_size:
             return None
         shared = self._first if table.bit_offsets[self.point] % 8 else b""
-        head = Head(self.raw_start, self.start, shared, bytes(self._head))
+        return Head(self.raw_start, self.start, shared, bytes(self._head))
+
+    def drop_head(self) -> None:
+        """It was taken."""
         self._head_size = 0
         self._head.clear()
-        return head
 
     def reaches(self, head: Head) -> bool:
         """Whether decoding has come as far as the end of its next chunk, which is a `head`."""

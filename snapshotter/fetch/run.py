@@ -70,7 +70,8 @@ class Run:
     """Brings the chunks in `wants`. Only `advance` runs in another thread, one call at a time.
 
     `position` is the next byte of the blob to be received, `next_chunk` the next chunk to arrive.
-    It is `detached` when the image whose source it uses has gone away.
+    It is `detached` when the image whose source it uses has gone away. `awaited` is how urgent the
+    run is that waits for its head, FILL if none does.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Run:
         self.detached = False
         self.decode_failures = 0
         self.nudged = False
+        self.awaited = Priority.FILL
         self.progressed_at = trio.current_time()
         self.decoding = suspended.start(origin.table, first)
         self._suspended = suspended
@@ -122,9 +124,10 @@ class Run:
 
     @property
     def priority(self) -> Priority:
-        """That of its most urgent chunk; FILL when nobody wants anything of it any more."""
+        """That of its most urgent chunk, or of the run that waits for its head; FILL when nobody
+        wants anything of it any more."""
         for priority in MOST_URGENT_FIRST:
-            if self.urgencies[priority]:
+            if self.urgencies[priority] or self.awaited is priority:
                 return priority
         return Priority.FILL
 
@@ -187,6 +190,41 @@ class Run:
             return False
         return -self.ahead(self.next_chunk) > LEAVE_COST
 
+    # --- where another run begins inside of a chunk ---
+
+    def _joint(self, chunk: int) -> int | None:
+        """Where in the blob to end, if `chunk` is the last one: at the seek point inside of it, if
+        a run that has begun there brings its end as a head, or one will that brings what follows.
+        What is behind it would be fetched twice."""
+        table = self.origin.table
+        head = self._suspended.head(table, chunk)
+        if head is not None:
+            return head.position
+        if (other := self._run_from_inside(chunk)) is not None:
+            return other.decoding.start
+        following = self.layer.wants.get(chunk + 1)
+        if following is None or following.run is not None:
+            return None
+        span = table.span(chunk + 1, chunk + 1)
+        begins_inside = chunk * CHUNK_SIZE < span.raw_start < (chunk + 1) * CHUNK_SIZE
+        afresh = self._suspended.nearest(table, chunk + 1)[0] == span.start
+        return span.start if begins_inside and afresh else None
+
+    def head_bringer(self) -> Run | None:
+        """The run whose head is the end of the next chunk, if it has begun where this one is now
+        and has not come to the end of that."""
+        other = self._run_from_inside(self.next_chunk)
+        return other if other is not None and other.decoding.start == self.position else None
+
+    def _run_from_inside(self, chunk: int) -> Run | None:
+        """The run that owes the end of a chunk as its head."""
+        for other in self.layer.runs:
+            if other is not self and isinstance(other, Run) and other.decoding.owes_head:
+                same = other.origin.table.digest == self.origin.table.digest
+                if same and other.decoding.raw_start // CHUNK_SIZE == chunk:
+                    return other
+        return None
+
     # --- receiving ---
 
     def request_end(self, *, segment: int, holds: int) -> int:
@@ -208,9 +246,9 @@ class Run:
             guess = expected_end(self.origin.table, last) + GUESS_MARGIN
             if guess > self.position and (priority is Priority.FILL or end - guess > holds // 2):
                 end = min(end, guess)
-            head = self._suspended.head(self.origin.table, last)
-            if head is not None and head.position > self.position:
-                end = min(end, head.position)
+            joint = self._joint(last)
+            if joint is not None and joint > self.position:
+                end = min(end, joint)
         if end <= self.position:
             end = self.span.end
         if priority is Priority.FILL:
@@ -270,11 +308,13 @@ class Run:
 
     def _keep_head(self) -> None:
         """Whoever brings the chunk before the first of this decoding needs its end."""
-        decoding = self.decoding
-        before = -(-decoding.raw_start // CHUNK_SIZE) - 1
-        head = decoding.take_head(self.origin.table)
-        if head is not None and not self.origin.stored.has(before):
+        head = self.decoding.head(self.origin.table)
+        if head is None:
+            return
+        before = -(-head.raw_start // CHUNK_SIZE) - 1
+        if not self.origin.stored.has(before):
             self._suspended.keep_head(self.origin.table, before, head)
+        self.decoding.drop_head()  # only now: somebody may be waiting for either
 
     def reached(self, chunk: int) -> bool:
         """Whether decoding has come as far as the best point to start for a chunk."""
@@ -298,3 +338,5 @@ class Run:
     def passed(self) -> None:
         """Back in the trio thread: chunks that were cut count as passed."""
         self.next_chunk = self.decoding.next_chunk
+        if not self.decoding.owes_head:
+            self.awaited = Priority.FILL

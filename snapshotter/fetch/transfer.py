@@ -140,6 +140,8 @@ class Transfer:
             problem = FetchError(f"fetching {run.origin.table} failed in an unforeseen way")
             problem.__cause__ = error
             self._fail(run, problem)
+        finally:
+            self._paused.unpark_all()
 
     def _fail(self, run: Run, error: FirstByteError) -> None:
         for want in list(run.wants.values()):
@@ -154,6 +156,8 @@ class Transfer:
                 await self._decode(run)
             if not run.wants and not run.expensive_to_leave:
                 return
+            if await self._join(run):
+                continue
             before = run.position
             try:
                 await self._request(run)
@@ -171,6 +175,32 @@ class Transfer:
                 await self._back_off(run, delay, told=getattr(error, "retry_after", None))
                 if failures >= HAND_OVER_AFTER and self._wants.hand_over(run):
                     return
+
+    async def _join(self, run: Run) -> bool:
+        """Wait while another run is about to bring the end of the next chunk. Whether it has.
+
+        That one is hurried, if it is less urgent. Who is more urgent than fill waits for it as long
+        as fill gives way at most, and then goes on alone.
+        """
+        bringer: Run | None = None
+        deadline = math.inf
+        try:
+            while run.wants and (found := run.head_bringer()) is not None:
+                bringer = found
+                now = trio.current_time()
+                if run.priority is not Priority.FILL:
+                    deadline = min(deadline, now + self._give_way_bound)
+                if now >= deadline:
+                    return False
+                if run.priority > bringer.priority:
+                    bringer.awaited = run.priority
+                    self.nudge(bringer)
+                with trio.move_on_at(deadline):
+                    await self._paused.park()
+        finally:
+            if bringer is not None:
+                bringer.awaited = Priority.FILL
+        return bringer is not None
 
     async def _back_off(self, run: Run, delay: float, *, told: float | None) -> None:
         """Wait before the next request; a new reader need not, unless the registry said so."""
@@ -297,7 +327,7 @@ class Transfer:
         alone = run.priority is Priority.FILL and self._mood is ALONE
         if run.position == end or run.buffered >= (FILL_BATCH if alone else BATCH):
             return True
-        return run.urgencies[Priority.BLOCKED] > 0 and run.worth_decoding()
+        return run.priority is Priority.BLOCKED and run.worth_decoding()
 
     async def _decode(self, run: Run) -> bool:
         """Decode what has come. False if the run has to start anew, with another request."""
@@ -305,6 +335,7 @@ class Transfer:
         limiter = self._fill_decoders if fill else self._decoders
         batch = await trio.to_thread.run_sync(run.advance, not fill, limiter=limiter)
         run.passed()
+        self._paused.unpark_all()
         bad = [arrival.chunk for arrival in batch.arrivals if not self._land(run, arrival)]
         self.notice()
         if batch.error is not None:

@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from index import codecs
-from index.codecs import gzip as subject
+from index.codecs import points
 from index.codecs.inflate import WINDOW_SIZE
+from index.codecs.window import NO_LIMIT
 from index.errors import CodecError, FirstByteError
-from index.tables import Codec
+from index.tables import CHUNK_SIZE, Codec
 from tests.support.streams import (
     UNLIMITED,
     check_points,
@@ -48,9 +49,12 @@ FLUSHES = (zlib.Z_NO_FLUSH, zlib.Z_SYNC_FLUSH, zlib.Z_FULL_FLUSH, zlib.Z_BLOCK)
 
 @pytest.fixture(autouse=True, scope="module")
 def narrow_spacing() -> Iterator[None]:
-    with (
-        patch.object(subject, "CHECKPOINT_SPACING", SPACING),
-        patch.object(subject, "MEMBER_SPACING", SPACING // 4),
+    """And any border may be a point, whatever its window needs."""
+    with patch.multiple(
+        points,
+        APPROACH=CHUNK_SIZE,
+        LEAST_SPACING=SPACING,
+        WINDOW_SHARE=NO_LIMIT,
     ):
         yield
 
@@ -137,11 +141,15 @@ def test_windows_hold_bytes_of_raw_space_or_zeros(sample: Sample) -> None:
 def test_a_window_keeps_exactly_the_bytes_that_are_referred_to() -> None:
     """A known stream: literals, a flush, then one copy of 20 bytes from 5 000 bytes back."""
     source = random.Random(1)
-    noise = source.randbytes(SPACING)
+    noise = bytes(source.choices(range(200), k=SPACING))
     copied = noise[-5_000:-4_980]
-    compressor = zlib.compressobj(9, wbits=31)
-    blob = compressor.compress(noise) + compressor.flush(zlib.Z_SYNC_FLUSH)
-    blob += compressor.compress(copied + source.randbytes(50)) + compressor.flush()
+    rest = copied + source.randbytes(50)
+    literals = zlib.compressobj(wbits=-15, strategy=zlib.Z_HUFFMAN_ONLY)
+    copies = zlib.compressobj(wbits=-15, zdict=noise[-WINDOW_SIZE:])
+    body = literals.compress(noise) + literals.flush(zlib.Z_SYNC_FLUSH)
+    body += copies.compress(rest) + copies.flush()
+    sums = zlib.crc32(noise + rest), len(noise + rest)
+    blob = b"\x1f\x8b\x08" + bytes(7) + body + b"".join(n.to_bytes(4, "little") for n in sums)
     scanner, _ = scanned(blob)
     (window,) = scanner.windows
     start = WINDOW_SIZE - 5_000
@@ -170,17 +178,17 @@ def test_a_checkpoint_behind_a_full_flush_has_no_window() -> None:
 
 
 def test_starts_of_members_serve_as_points_without_windows() -> None:
-    parts = [random.Random(seed).randbytes(SPACING // 3) for seed in range(4)]
+    parts = [random.Random(seed).randbytes(SPACING) for seed in range(4)]
     scanner, _ = scanned(b"".join(gzip.compress(part) for part in parts))
     assert [point.raw_offset for point in scanner.points] == [
-        number * (SPACING // 3) for number in range(4)
+        number * SPACING for number in range(4)
     ]
     assert scanner.windows == []
 
 
 def test_tiny_members_do_not_make_a_point_each() -> None:
-    scanner, raw = scanned(gzip.compress(b"tiny") * 10_000)
-    assert len(scanner.points) == 1 + (len(raw) - 1) // (SPACING // 4)
+    scanner, raw = scanned(gzip.compress(b"tiny") * 25_000)
+    assert len(scanner.points) == 1 + (len(raw) - 1) // SPACING
 
 
 def real_tree(size: int) -> bytes:
