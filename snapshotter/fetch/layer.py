@@ -170,7 +170,8 @@ class LazyLayer:
         if self._recorder is not None and self._recorder.touch(self._number, first, last):
             self._scheduler.note_touch()
         self._neighbours.read(last)
-        self._fetch_ahead(last, self._readers.advance(first, last))
+        if last not in self.foreseen:  # or what comes next is, too, or not needed
+            self._fetch_ahead(last, self._readers.advance(first, last))
 
     def _guess(self, chunk: int) -> None:
         """A chunk is waited for. If that is in a start, fetch what it may read next; unless that is

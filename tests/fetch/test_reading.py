@@ -297,6 +297,19 @@ async def test_nothing_is_read_ahead_of_what_starts_are_known_to_read(node: Node
     assert node.scheduler.stats.requests[Priority.READAHEAD] > 0
 
 
+async def test_what_was_foreseen_makes_nobody_a_sequential_reader(node: Node) -> None:
+    """A library that is read front to back ends somewhere: what is behind it is another file."""
+    lazy, _ = node.mount(PLAIN)
+    lazy.foresee(range(3, 6))
+    for chunk in (3, 4, 5, 6):
+        await lazy.read(chunk * CHUNK_SIZE, CHUNK_SIZE)
+    await wait_all_tasks_blocked(cushion=0.05)
+    assert lazy.stored.missing(3, 9) == [7, 8, 9]
+    await lazy.read(7 * CHUNK_SIZE, CHUNK_SIZE)
+    await wait_all_tasks_blocked(cushion=0.05)
+    assert lazy.stored.missing(3, 9) == []
+
+
 async def test_a_cancelled_read_leaves_nothing_behind(node: Node) -> None:
     lazy, source = node.mount(PLAIN)
     source.gate = trio.Event()
