@@ -17,6 +17,7 @@ from index.tables import CHUNK_SIZE, Codec
 from snapshotter.fetch.decoding import (
     MOST_HEADS,
     MOST_SUSPENDED,
+    WEIGHT,
     Decoding,
     Head,
     SuspendedDecodings,
@@ -336,6 +337,17 @@ async def test_only_the_latest_are_kept(node: Node) -> None:
     started = [kept.start(lazy.table, 5) for _ in made]
     assert started[:MOST_SUSPENDED] == made[3:]
     assert not set(started[MOST_SUSPENDED:]) & set(made)
+
+
+async def test_of_those_with_large_windows_fewer_are_kept(node: Node) -> None:
+    lazy, _ = node.mount(ONE_FRAME)
+    kept = SuspendedDecodings()
+    made = [Decoding(lazy.table, 0) for _ in range(MOST_SUSPENDED)]
+    for decoding in made:
+        decoding.receive(ONE_FRAME.blob[:100_000])
+        kept.keep(lazy.table, decoding)
+    started = [kept.start(lazy.table, 5) for _ in made]
+    assert [one in made for one in started].count(True) == MOST_SUSPENDED // WEIGHT
 
 
 async def test_nothing_is_kept_of_a_layer_that_is_complete_or_goes_away(node: Node) -> None:
