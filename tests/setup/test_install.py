@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +65,19 @@ def found(dest: Path) -> set[str]:
     files = (path for path in dest.rglob("*") if path.is_symlink() or not path.is_dir())
     names = {str(path.relative_to(dest)) for path in files}
     return {name for name in names if "/venv-" not in name}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What installations are made from is fetched once, and not by each of them."""
+    path = tmp_path_factory.mktemp("wheels")
+    backend = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["build-system"]["requires"]
+    fetch = [REPOSITORY / ".venv/bin/python", "-m", "pip", "wheel", "--quiet", "--wheel-dir", path]
+    subprocess.run([*fetch, *backend, REPOSITORY], timeout=SECONDS, check=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PIP_NO_INDEX", "1")
+        patched.setenv("PIP_FIND_LINKS", str(path))
+        yield
 
 
 @pytest.fixture(scope="module")
