@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from datetime import datetime
@@ -197,6 +198,7 @@ def daemon(
         return
     if address is not None:
         chosen = msgspec.structs.replace(chosen, address=Path(absolute(address)))
+    gc.disable()  # `process.run` enables it: to look for cycles during imports takes 25 ms
     import trio  # what the other commands leave to the daemon
 
     from snapshotter.daemon import process

@@ -9,16 +9,21 @@ import logging
 import os
 import sys
 from functools import partial
+from typing import TYPE_CHECKING
 
-import trio
-
-from index.errors import FirstByteError
-from snapshotter.daemon import config, process, protocol
-from snapshotter.daemon.logs import log_to_stderr
+if TYPE_CHECKING:
+    from snapshotter.daemon import protocol
 
 
 def main() -> int:
     """Run until the last mount has gone. The starter reads from `--ready` how the start went."""
+    gc.disable()  # `process.run` enables it: to look for cycles during imports takes 25 ms
+    import trio
+
+    from index.errors import FirstByteError
+    from snapshotter.daemon import config, process, protocol
+    from snapshotter.daemon.logs import log_to_stderr
+
     parser = argparse.ArgumentParser(prog="snapshotter.daemon", description=__doc__)
     parser.add_argument("--config", type=config.decode, required=True, help="as JSON")
     parser.add_argument("--ready", type=int, required=True, help="descriptor of a socket")

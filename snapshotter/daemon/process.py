@@ -100,6 +100,7 @@ async def run(
     if stay:  # gRPC takes 0.15 s to import, for which `firstbyte mount` need not wait
         importlib.import_module("snapshotter.daemon.containerd")
     gc.freeze()  # to look for cycles among what was imported takes 40 ms, and nobody is answered
+    gc.enable()
     async with Transport() as transport:  # what takes a while comes before a predecessor leaves
         opened = await trio.to_thread.run_sync(opened_indexes, places) if replace else []
         with ExitStack() as held:
