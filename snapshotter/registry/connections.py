@@ -29,12 +29,16 @@ _KEEP_SECONDS = 30.0
 
 
 def open_pool(
-    tls: ssl.SSLContext, *, dial_timeout: float | None, proxy: str | None, proxy_tls: ssl.SSLContext
+    tls: ssl.SSLContext | None,
+    *,
+    dial_timeout: float | None,
+    proxy: str | None,
+    proxy_tls: ssl.SSLContext | None,
 ) -> httpcore.AsyncConnectionPool:
     """Connections that are made when they are needed, and kept for a while.
 
-    `tls` is for servers, `proxy_tls` for a proxy that speaks TLS itself. `dial_timeout` limits
-    connecting without TLS, in seconds.
+    `tls` is for servers, `proxy_tls` for a proxy that speaks TLS itself; None if none of them does.
+    `dial_timeout` limits connecting without TLS, in seconds.
     """
     settings: dict[str, Any] = {
         "ssl_context": tls,

@@ -202,7 +202,7 @@ class Response:
 
 
 _Route = tuple[ssl.SSLContext | None, float | None, str | None]
-"""The TLS context (None: the default one), the dial timeout, and the proxy."""
+"""The TLS context (None: neither server nor proxy speaks it), the dial timeout, and the proxy."""
 
 
 @dataclass(eq=False)
@@ -246,7 +246,6 @@ class Transport:
         self._pools: OrderedDict[_Route, _Pool] = OrderedDict()  # the last one was used last
 
     async def __aenter__(self) -> Self:
-        self._tls = self._tls or ssl.create_default_context()
         self._open = True
         return self
 
@@ -290,6 +289,8 @@ class Transport:
         timeout = httpx.Timeout(
             connect=waits.connect, pool=waits.connect, write=waits.answer, read=waits.answer
         )
+        if tls is None and (_speaks_tls(url) or (proxy is not None and _speaks_tls(proxy))):
+            tls = self._default_tls()
         pool = await self._enter_pool((tls, dial_timeout, proxy))
         response = None
         try:
@@ -311,14 +312,21 @@ class Transport:
             raise NetworkError(f"{server} does not answer in time")
         return Response(response, server, waits, pool)
 
+    def _default_tls(self) -> ssl.SSLContext:
+        """Made for the first who wants it: the system's certificates take 20 ms to read."""
+        self._tls = self._tls or ssl.create_default_context()
+        return self._tls
+
     async def _enter_pool(self, route: _Route) -> _Pool:
         assert self._open, "Transport is used outside `async with`"
         pool = self._pools.get(route)
         if pool is None:
             tls, dial_timeout, proxy = route
-            assert self._tls is not None
+            proxy_tls = None
+            if proxy is not None and _speaks_tls(proxy):
+                proxy_tls = self._default_tls()
             connections = open_pool(
-                tls or self._tls, dial_timeout=dial_timeout, proxy=proxy, proxy_tls=self._tls
+                tls, dial_timeout=dial_timeout, proxy=proxy, proxy_tls=proxy_tls
             )
             transport = _PoolTransport(connections)
             client = httpx.AsyncClient(transport=transport, trust_env=False)
@@ -358,3 +366,7 @@ def _errors_of(url: str, server: str) -> Iterator[None]:
 
 def _host(url: str) -> str:
     return urlsplit(url).netloc.rpartition("@")[2] or url[:100]
+
+
+def _speaks_tls(url: str) -> bool:
+    return not url.startswith("http:")

@@ -265,6 +265,24 @@ async def test_tls(tmp_path: Path, credentials: CredentialStore) -> None:
                 await Registry(repository).resolve(AMD64)
 
 
+async def test_without_tls_no_certificates_are_read(
+    real_registry: RunningRegistry, credentials: CredentialStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's take 20 ms of every start to read."""
+
+    def refuse() -> ssl.SSLContext:
+        pytest.fail("nobody speaks TLS")
+
+    monkeypatch.setattr(ssl, "create_default_context", refuse)
+    sample = sample_image(seed=9)
+    reference = Reference.parse(real_registry.reference("plain"))
+    async with Transport() as transport:
+        repository = Repository(reference, transport, credentials, plain_http=True)
+        await push(RegistrySink(repository), sample)
+        resolved = await Registry(repository).resolve(AMD64)
+    assert resolved.manifest.raw == sample.manifest.raw
+
+
 async def test_tls_towards_plain_http(
     real_registry: RunningRegistry, transport: Transport, credentials: CredentialStore
 ) -> None:
