@@ -28,6 +28,7 @@ _PACKAGE = "runtime.v1"
 _CALL_SECONDS = 60
 _PULL_SECONDS = 120
 _POLL_SECONDS = 0.02
+_LAST_POLL_SECONDS = 0.3  # when it takes long: dozens that ask at once keep a processor busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +221,11 @@ class Container:
     def wait(self, seconds: float = _CALL_SECONDS) -> Status:
         """The status once it has ended."""
         deadline = time.monotonic() + seconds
+        pause = _POLL_SECONDS
         while (status := self.status()).state != "exited":
             assert time.monotonic() < deadline, f"{status}; it printed: {self.output()}"
-            time.sleep(_POLL_SECONDS)
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LAST_POLL_SECONDS)
         return status
 
     def output(self) -> str:
