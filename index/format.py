@@ -230,7 +230,8 @@ def intact(file: bytes | memoryview, content: Mapping[Section, Stored]) -> bool:
 
     Says nothing about where the file comes from: what is from outside goes through `expand`.
     """
-    sums = next((data for kind, _, data, _, _ in _rows(memoryview(file)) if kind == CHECKSUMS), b"")
+    rows = _rows(memoryview(file))
+    sums = next((data for kind, _, _, data, _, _ in rows if kind == CHECKSUMS), b"")
     return bytes(sums) == b"".join(
         _CHECKSUM.pack(crc32(content[section].data)) for section in sorted(content)
     )
@@ -243,7 +244,7 @@ def read(file: bytes | memoryview) -> dict[Section, Stored]:
     of a version or with features this reader does not know.
     """
     content: dict[Section, Stored] = {}
-    for kind, encoding, data, raw_size, digest in _rows(memoryview(file)):
+    for kind, encoding, _, data, raw_size, digest in _rows(memoryview(file)):
         if kind & OPTIONAL_SECTION:
             continue
         try:
@@ -264,8 +265,16 @@ def read(file: bytes | memoryview) -> dict[Section, Stored]:
     return content
 
 
-def _rows(view: memoryview) -> Iterator[tuple[int, int, memoryview, int, bytes]]:
-    """Id, encoding, stored bytes, raw size and digest of each section. Raises as `read`."""
+def places(file: bytes | memoryview) -> dict[int, range]:
+    """Where in the file each section is, by its id. Raises as `read`; reads the header alone."""
+    return {
+        kind: range(offset, offset + len(data))
+        for kind, _, offset, data, _, _ in _rows(memoryview(file))
+    }
+
+
+def _rows(view: memoryview) -> Iterator[tuple[int, int, int, memoryview, int, bytes]]:
+    """Id, encoding, offset, stored bytes, raw size and digest of each section. Raises as `read`."""
     if len(view) < HEADER.size or bytes(view[: len(MAGIC)]) != MAGIC:
         raise FormatError("this is not a FirstByte file index")
     _, major, _, incompatible, _, count, size = HEADER.unpack_from(view)
@@ -285,7 +294,7 @@ def _rows(view: memoryview) -> Iterator[tuple[int, int, memoryview, int, bytes]]
         if offset < floor or offset + stored_size > size:
             raise FormatError(f"section {kind} of the file index lies outside its place")
         floor = offset + stored_size
-        yield kind, encoding, view[offset:floor], raw_size, digest
+        yield kind, encoding, offset, view[offset:floor], raw_size, digest
 
 
 def expand(

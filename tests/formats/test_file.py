@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 from index import file as file_module
+from index.erofs.layout import SLOT_SIZE
 from index.errors import IntegrityError
 from index.file import FileIndex
+from index.format import Section, places
+from snapshotter.bench.coldstart.residency import resident as cached
 from snapshotter.bench.synthetic import make_index
 
 
@@ -57,6 +61,22 @@ def test_what_was_checked_and_not_written_to_is_not_checked_again(
 
     monkeypatch.setattr(file_module.fbx, "intact", refuse)
     assert FileIndex.open(path, first.state).digest == first.digest
+
+
+def test_what_was_checked_is_opened_again_with_little_from_the_disk(path: Path) -> None:
+    """What a mount needs of it, which is asked for at once; not what lies around that."""
+    first = FileIndex.open(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert cached(path) == []
+    index = FileIndex.open(path, first.state)
+    tree = places(index.expanded)[Section.TREE].start
+    root = tree + index.tree.meta_start + SLOT_SIZE * index.tree.root
+    deadline = time.monotonic() + 20
+    while not all(any(a <= at < b for a, b in cached(path)) for at in (0, tree, root)):
+        assert time.monotonic() < deadline
+    assert sum(end - start for start, end in cached(path)) < path.stat().st_size / 2
 
 
 @pytest.mark.parametrize("how", ["in place", "replaced"])
