@@ -79,22 +79,25 @@ class JavaRuntime:
         """Want what is read whatever the program is, and the archives that its command line or
         environment names, relative to `directory`. Raises FetchError, FormatError."""
         machine = self._own(_MACHINE)
-        found = self._files.find(machine)
-        if found is None:
+        if self._files.find(machine) is None:
             return
         for name in _LIBRARIES:
             nursery.start_soon(self._visit, nursery, self._own(b"lib/" + name))
         nursery.start_soon(self._visit, nursery, machine)
         for path in (_SHARED_CLASSES, *_SETTINGS):
             self._files.want(self._own(path))
-        # It is larger than what is wanted as a whole (24 MB; 74 of its 93 chunks are read).
-        self._files.want_part(found[0], 0, self._files.size(found[0]))
+        self._want_most(machine)
         for path in self._archives(words, environment, directory):
             self._want_archive(path)
         await self._want_modules()
 
     def _own(self, path: bytes) -> bytes:
         return posixpath.join(self._home, path)
+
+    def _want_most(self, path: bytes) -> None:
+        """All of a file, or as much as is asked for of any."""
+        if (found := self._files.find(path)) is not None:
+            self._files.want_part(found[0], 0, self._files.size(found[0]))
 
     async def _want_modules(self) -> None:
         """The tables at the beginning, in which every class is looked up."""
