@@ -4,9 +4,8 @@ Without a profile a start waits for one file after the other: its program, the d
 each library. All of that can be known before the container is made. The configuration names the
 program, the program its loader and its libraries, those theirs; where they are the tree tells,
 is on the node. So they are asked for together, while the container is being made. If the program
-is Python, so are the modules that it will import (`python_modules`); if it is Java, the virtual
-machine and its archives of classes (`java_runtime`). What else a program opens by itself is not
-foreseen.
+is Python, so are the modules that it will import (`python_modules`). What else a program opens by
+itself is not foreseen.
 
 It is looked for as ld.so(8) does, but for its cache: DT_RPATH and DT_RUNPATH, LD_LIBRARY_PATH, the
 directory of the loader itself (where a distribution has several architectures, that is the right
@@ -23,7 +22,6 @@ import trio
 
 from index.errors import FirstByteError, FormatError
 from snapshotter.images import elf
-from snapshotter.images.java_runtime import JavaRuntime
 from snapshotter.images.python_imports import MAX_SOURCE
 from snapshotter.images.python_modules import PythonModules
 from snapshotter.images.startup_files import StartupFiles
@@ -64,14 +62,13 @@ class Foresight:
         config: RunConfig,
     ) -> None:
         self._files = StartupFiles(tree, layers)
-        self._environment = environment = dict(_variable(entry) for entry in config.env or ())
+        environment = dict(_variable(entry) for entry in config.env or ())
         self._path = (environment.get(b"PATH") or _PATH).split(b":")
         self._libraries = environment.get(b"LD_LIBRARY_PATH", b"").split(b":")
         self._directory = _encoded(config.working_dir or "/")
         self._python_path = environment.get(b"PYTHONPATH", b"").split(b":")
         self._python: PythonModules | None = None
         self._scripts: list[bytes] = []
-        self._java: JavaRuntime | None = None
         self._commands = [
             [*map(_encoded, words or ())] for words in (config.entrypoint, config.cmd)
         ]
@@ -121,15 +118,10 @@ class Foresight:
             head = await self._files.read(nid, 0, elf.HEAD)
             if head.startswith(b"#!") or real.endswith(b".py"):
                 followers = [*self._interpreters(head)]
-                source = await self._files.read(nid, 0, MAX_SOURCE)
-                self._run_script(nursery, source)
-                if b"java" in source.lower():
-                    followers += self._java_launcher()
+                self._run_script(nursery, await self._files.read(nid, 0, MAX_SOURCE))
             elif head.startswith(elf.MAGIC):
                 if PythonModules.runs(real):
                     self._run_python(nursery, real, path)
-                if JavaRuntime.runs(real):
-                    nursery.start_soon(self._run_java, nursery, real)
                 followers = await self._linked(nid, real, head)
             else:
                 return
@@ -158,24 +150,6 @@ class Foresight:
             self._scripts.append(source)
         else:
             self._python.run(nursery, source)
-
-    def _java_launcher(self) -> Iterator[bytes]:
-        """What a script that speaks of Java will run, as most of them look for it."""
-        home = self._environment.get(b"JAVA_HOME")
-        if home:
-            yield posixpath.join(self._directory, home, b"bin/java")
-        else:
-            yield from self._programs(b"java")
-
-    async def _run_java(self, nursery: trio.Nursery, launcher: bytes) -> None:
-        if self._java is not None:
-            return
-        self._java = JavaRuntime(self._files, launcher, self._visit)
-        words = [word for command in self._commands for word in command[:_MAX_WORDS]]
-        try:
-            await self._java.look(nursery, words, self._environment, self._directory)
-        except FirstByteError as error:
-            log.debug("what %r needs is not foreseen: %s", launcher, error)
 
     def _interpreters(self, head: bytes) -> Iterator[bytes]:
         """Of a script, as execve(2) has it; `env` looks for one in the path."""

@@ -59,10 +59,6 @@ class StartupFiles:
             return None
         return found
 
-    def size(self, nid: int) -> int:
-        """Bytes of a file."""
-        return self._tree.inode(nid).size
-
     def names(self, directory: bytes) -> Mapping[bytes, int]:
         """The names in a directory, and their inodes; none if there is no such one."""
         names = self._directories.get(directory)
