@@ -179,7 +179,14 @@ def test_an_image_that_was_local_is_serving_again_when_some_of_it_goes(
     assert state(node, "middle") == "local"
     big = mount(node, layouts, "big")
     assert (big / "data").read_bytes() == content("big")
-    wait_until(lambda: state(node, "middle") == "serving")
+
+    def gives_way() -> bool:
+        """While the store is measured, what is written counts twice, and a read that is over by
+        then may have left it short of the mark at which chunks go: somebody has to go on."""
+        assert random_reads_are_right(big, content("big"), 2)
+        return state(node, "middle") == "serving"
+
+    wait_until(gives_way)
     assert (target / "data").read_bytes() == content("middle")
     node.succeed("umount", big)
     node.succeed("gc", "--all")
