@@ -259,6 +259,8 @@ class Scheduler:
         run = want.run
         if run is not None:
             if not blocked:
+                if want.priority is not Priority.FILL:
+                    self._transfer.hasten(run)
                 return
             if run.ahead(want.chunk) > self._transfer.near(run):
                 for left in run.leave(want.chunk):
@@ -279,6 +281,8 @@ class Scheduler:
             self.wants.take(want, run)
             if blocked:
                 self._transfer.nudge(run)
+            elif want.priority is not Priority.FILL:
+                self._transfer.hasten(run)
 
     def _wake(self) -> None:
         """See to it that somebody looks at the queues."""

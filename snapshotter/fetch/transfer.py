@@ -83,6 +83,8 @@ class Transfer:
         self._decoders = trio.CapacityLimiter(decoders)
         self._fill_decoders = trio.CapacityLimiter(decoders)
         self._paused = trio.lowlevel.ParkingLot()
+        self._turns = trio.lowlevel.ParkingLot()
+        self._in_turn: set[Run] = set()
         self._quiet_at = -math.inf
         self.hold = Hold()
         self._pacings: dict[str, Pacing] = {}
@@ -116,16 +118,25 @@ class Transfer:
 
     def notice(self) -> None:
         """Call whenever fill may go on: nobody is blocked any more, or less is outstanding."""
-        if self._paused and (
+        turns = bool(self._turns) and not self.hold.holds()
+        if (self._paused or turns) and (
             not self._wants.count(Priority.BLOCKED)
             or any(one.holds and one.has_room(BLOCKED) for one in self._pacings.values())
         ):
             self._paused.unpark_all()
+            if turns:
+                self._turns.unpark_all()
 
     def nudge(self, run: Carrier) -> None:
         """Somebody is blocked on a chunk of this run now: neither pause nor back off."""
         run.nudged = True
         self._paused.unpark_all()
+        self.hasten(run)
+
+    def hasten(self, run: Carrier) -> None:
+        """A run is to bring more than fill now: it need not wait for its turn."""
+        if run in self._in_turn:
+            self._turns.unpark_all()
 
     async def carry_out(self, run: Run) -> None:
         """Bring all chunks of a run; those that cannot be brought fail for the run's image. What
@@ -219,27 +230,33 @@ class Transfer:
                 now = trio.current_time()
                 if not self._wants.count(Priority.BLOCKED) and not self.hold.holds():
                     break
-                await self._wait_for_change(now)
+                await self._wait_for_change(now, self._paused)
 
-    async def _wait_for_change(self, now: float) -> None:
-        """Until `notice` or `nudge`, or until the mood changes by itself. `now` is from before
-        that was asked for: it may have changed meanwhile."""
+    async def _wait_for_change(self, now: float, where: trio.lowlevel.ParkingLot) -> None:
+        """Until those who wait there are told, or until the mood changes by itself. `now` is from
+        before that was asked for: it may have changed meanwhile."""
         moments = [pacing.rests_until for pacing in self._pacings.values()]
         moments += [self.hold.until, self._quiet_at]
         with trio.move_on_at(min((one for one in moments if one > now), default=math.inf)):
-            await self._paused.park()
+            await where.park()
 
     async def _take_turn(self, run: Run) -> None:
         """Wait until a run of fill may make a request; the others need not wait."""
+        if run.priority is not Priority.FILL:
+            return
         pacing = self._pacing(run)
         deadline = trio.current_time() + self._give_way_bound
-        while run.priority is Priority.FILL:
-            now, mood = trio.current_time(), self._mood
-            overdue = mood is BLOCKED and now >= max(deadline, pacing.rests_until)
-            if not self.hold.holds() and (overdue or pacing.may_begin(mood, now)):
-                return
-            with trio.move_on_at(deadline if mood is BLOCKED and now < deadline else math.inf):
-                await self._wait_for_change(now)
+        self._in_turn.add(run)
+        try:
+            while run.priority is Priority.FILL:
+                now, mood = trio.current_time(), self._mood
+                overdue = mood is BLOCKED and now >= max(deadline, pacing.rests_until)
+                if not self.hold.holds() and (overdue or pacing.may_begin(mood, now)):
+                    return
+                with trio.move_on_at(deadline if mood is BLOCKED and now < deadline else math.inf):
+                    await self._wait_for_change(now, self._turns)
+        finally:
+            self._in_turn.discard(run)
 
     def _must_give_way(self, run: Run) -> bool:
         """Whether more of a run of fill would only be in the way of who is blocked."""

@@ -7,7 +7,10 @@ is always asked if no mirror has given an answer, and what it says when all fail
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, TypeVar
+
+import trio
 
 from index.errors import IntegrityError
 from snapshotter.registry.errors import (
@@ -34,6 +37,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+LOOK_AGAIN = 1.0
+"""Seconds for which the hosts are believed without looking at the files that name them: that takes
+two hops to threads, and a start makes 150 requests."""
+
+_UNKNOWN: tuple[tuple[Host, ...], float] = ((), -math.inf)
+"""Hosts, and until when they are believed."""
 
 _LONGEST_REST = 600.0  # seconds; a guess: what a mirror's Retry-After can ask for
 
@@ -64,6 +74,7 @@ class Repository:
         self._sessions: dict[tuple[Host, bool], Session] = {}
         self._lacking = Health()  # by host and what it lacks; "" is everything
         self._complaint = ""
+        self._known = _UNKNOWN
 
     async def first(
         self, use: Use, subject: str, operation: Callable[[Session], Awaitable[_T]]
@@ -86,6 +97,7 @@ class Repository:
                 result = await operation(session)
             except (RegistryError, IntegrityError) as error:
                 errors[session] = error
+                self._known = _UNKNOWN  # somebody may be mending the files
                 self.failed(session, subject, error)
             else:
                 self._transport.health.wake(session.endpoint.base)
@@ -145,11 +157,14 @@ class Repository:
         return found
 
     async def _hosts(self) -> tuple[Host, ...]:
-        """As the tree has them now; as they were when it cannot be read and they are in use: an
-        editor's mistake must not stop containers that run."""
+        """As the tree has had them within LOOK_AGAIN; as they were when it cannot be read and they
+        are in use: an editor's mistake must not stop containers that run."""
         registry = self.reference.registry
         if self._tree is None:
             return (registry_host(registry, plain_http=self._plain_http),)
+        hosts, until = self._known
+        if trio.current_time() < until:
+            return hosts
         try:
             hosts = await self._tree.lookup(self.reference, plain_http=self._plain_http)
         except HostsError as error:
@@ -160,6 +175,7 @@ class Repository:
                 log.error("%s; using the hosts of %s as they were", error, registry)
             return tuple(host for host, _ in self._sessions)
         self._complaint = ""
+        self._known = hosts, trio.current_time() + LOOK_AGAIN
         return hosts
 
     def _session(self, host: Host, hurried: bool) -> Session:

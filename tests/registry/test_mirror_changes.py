@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from snapshotter.registry import mirrors
 from snapshotter.registry.errors import HostsError
 from snapshotter.registry.platform import Platform
 from tests.support.faults import FaultRegistry, dead_host
@@ -19,6 +20,33 @@ if TYPE_CHECKING:
 AMD64 = Platform("linux", "amd64")
 
 
+@pytest.fixture
+def looks_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are looked at before each request, not once a second."""
+    monkeypatch.setattr(mirrors, "LOOK_AGAIN", 0)
+
+
+async def test_files_are_not_looked_at_for_each_request(
+    source: Registry,
+    faulty: FaultRegistry,
+    mirror: FaultRegistry,
+    certs_d: CertsD,
+    sample: SampleImage,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A start makes a hundred. An image that is opened meanwhile goes by what is there now."""
+    monkeypatch.setattr(mirrors, "LOOK_AGAIN", 3600)
+    layer = sample.manifest.layers[0]
+    certs_d.write(faulty.host, "")
+    await read(source, layer, 0, 10)
+    certs_d.mirror(faulty.host, mirror.host)
+    await read(source, layer, 0, 10)
+    assert mirror.requests == []
+    await read(certs_d.opener.source(f"{faulty.host}/team/app:v1"), layer, 0, 10)
+    assert len(mirror.requests) == 1
+
+
+@pytest.mark.usefixtures("looks_each_time")
 async def test_changes_while_an_image_is_in_use(
     source: Registry,
     faulty: FaultRegistry,
@@ -45,6 +73,7 @@ async def test_changes_while_an_image_is_in_use(
         await certs_d.opener.source(f"{faulty.host}/team/app:v1").resolve(AMD64)
 
 
+@pytest.mark.usefixtures("looks_each_time")
 async def test_what_was_learnt_survives_a_change(
     source: Registry, faulty: FaultRegistry, mirror: FaultRegistry, certs_d: CertsD
 ) -> None:
