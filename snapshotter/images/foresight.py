@@ -4,8 +4,9 @@ Without a profile a start waits for one file after the other: its program, the d
 each library. All of that can be known before the container is made. The configuration names the
 program, the program its loader and its libraries, those theirs; where they are the tree tells,
 is on the node. So they are asked for together, while the container is being made. If the program
-is Python, so are the modules that it will import (`python_modules`). What else a program opens by
-itself is not foreseen.
+is Python, so are the modules that it will import (`python_modules`). Of large files what the loader
+reads is wanted first, the rest of the program and its own libraries at the end. What else a program
+opens by itself is not foreseen.
 
 It is looked for as ld.so(8) does, but for its cache: DT_RPATH and DT_RUNPATH, LD_LIBRARY_PATH, the
 directory of the loader itself (where a distribution has several architectures, that is the right
@@ -52,6 +53,16 @@ _ALWAYS = (
 what time it is."""
 
 
+_COME_WITH = {
+    b"libcrypto.so": (b"/etc/ssl/openssl.cnf", b"/etc/pki/tls/openssl.cnf"),
+}
+"""What libraries open by themselves, whoever uses them. OpenSSL's own path to the former is a
+symlink to it in Debian and Alpine; the latter is Red Hat's."""
+
+_NAMED, _LINKED, _FAR = 0, 1, 2
+"""Distances from the command line: on it; a library of a program there; any more."""
+
+
 class Foresight:
     """Of one image."""
 
@@ -73,6 +84,7 @@ class Foresight:
             [*map(_encoded, words or ())] for words in (config.entrypoint, config.cmd)
         ]
         self._loaders: list[bytes] = []  # directories of loaders
+        self._programs_proper: list[int] = []
 
     async def look(self) -> None:
         """Want all that can be foreseen. What cannot be read is left out."""
@@ -80,7 +92,9 @@ class Foresight:
             for path in _ALWAYS:
                 self._files.want(path)
             for path in self._named():
-                nursery.start_soon(self._visit, nursery, path)
+                nursery.start_soon(self._visit, nursery, path, _NAMED)
+        for nid in self._programs_proper:
+            self._files.want_program(nid)
 
     # --- the command line ---
 
@@ -108,16 +122,23 @@ class Foresight:
 
     # --- files ---
 
-    async def _visit(self, nursery: trio.Nursery, path: bytes) -> None:
-        """Want a file, and those that it cannot run without."""
+    async def _visit(self, nursery: trio.Nursery, path: bytes, distance: int = _FAR) -> None:
+        """Want a file, and those that it cannot run without. `distance` is how many libraries are
+        between it and the command line."""
         found = self._files.want(path)
         if found is None:
             return
         nid, real = found
+        if distance <= _LINKED:
+            self._programs_proper.append(nid)
+        for name, others in _COME_WITH.items():
+            if posixpath.basename(real).startswith(name):
+                for other in others:
+                    self._files.want(other)
         try:
             head = await self._files.read(nid, 0, elf.HEAD)
             if head.startswith(b"#!") or real.endswith(b".py"):
-                followers = [*self._interpreters(head)]
+                followers, distance = [*self._interpreters(head)], distance - 1
                 self._run_script(nursery, await self._files.read(nid, 0, MAX_SOURCE))
             elif head.startswith(elf.MAGIC):
                 if PythonModules.runs(real):
@@ -129,7 +150,7 @@ class Foresight:
             log.debug("what %r needs is not foreseen: %s", path, error)
             return
         for follower in followers:
-            nursery.start_soon(self._visit, nursery, follower)
+            nursery.start_soon(self._visit, nursery, follower, distance + 1)
 
     def _run_python(self, nursery: trio.Nursery, interpreter: bytes, named: bytes) -> None:
         """Once the interpreter is known, its modules can be found."""

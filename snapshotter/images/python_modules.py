@@ -36,6 +36,13 @@ _ALWAYS = (b"encodings", b"encodings.aliases", b"encodings.utf_8", b"site", b"si
 
 _LOCALE = b"/usr/lib/locale/C.utf8/LC_CTYPE"  # Python's own choice where there is none (PEP 538)
 
+_CONVERSIONS = (
+    b"/usr/lib/x86_64-linux-gnu/gconv/gconv-modules.cache",
+    b"/usr/lib/aarch64-linux-gnu/gconv/gconv-modules.cache",
+    b"/usr/lib64/gconv/gconv-modules.cache",
+)
+"""What the GNU C library reads when it has to convert from or to that locale."""
+
 _TO_RUN_A_MODULE = (b"runpy",)  # python -m
 
 _PLATFORMS = [
@@ -94,7 +101,9 @@ class PythonModules:
 
     def start(self, nursery: trio.Nursery, words: Sequence[bytes]) -> None:
         """Want what is imported when the interpreter is run with these arguments."""
-        self._files.want(_LOCALE)
+        for path in (_LOCALE, *_CONVERSIONS):
+            self._files.want(path)
+        self._look_into_paths(nursery)
         names = [*_ALWAYS]
         for option, value in pairwise((b"", *words)):
             if option == b"-m":
@@ -155,6 +164,14 @@ class PythonModules:
             return
         for one in imports(text):
             self._follow(nursery, one, package)
+
+    def _look_into_paths(self, nursery: trio.Nursery) -> None:
+        """Want the .pth files that the module `site` reads, and what they import."""
+        for place in self._places:
+            if place.endswith(b"-packages"):
+                for name, nid in self._files.names(place).items():
+                    if name.endswith(b".pth") and self._files.want_inode(nid):
+                        nursery.start_soon(self._look_into, nursery, nid, ())
 
     def _find(self, places: Sequence[bytes], name: bytes) -> _Found | None:
         """As importlib's FileFinder does it: packages first, then extensions, then sources."""

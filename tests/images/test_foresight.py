@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from index.builder import build
+from index.extents import FileExtents
 from index.tables import CHUNK_SIZE, Codec
 from snapshotter.images import startup_files
 from snapshotter.images.foresight import Foresight
 from snapshotter.registry.manifest import RunConfig
 from tests.support.blobs import make_layer
 from tests.support.elves import make_elf
-from tests.support.foreseeing import foreseen
+from tests.support.foreseeing import entries, foreseen
 from tests.support.tars import file, symlink, tar
 
 if TYPE_CHECKING:
@@ -120,6 +121,16 @@ async def test_libraries_are_found_where_the_image_says(node: Node) -> None:
     assert "/opt/liba.so" in found
 
 
+async def test_what_a_library_opens_by_itself_comes_with_it(node: Node) -> None:
+    files = {
+        "usr/bin/tool": make_elf(needed=[b"libcrypto.so.3"]),
+        "usr/lib/libcrypto.so.3": make_elf(),
+        "etc/ssl/openssl.cnf": b"[default]",
+    }
+    found = await foreseen(node, files, cmd=["tool"])
+    assert found == ["/etc/ssl/openssl.cnf", "/usr/bin/tool", "/usr/lib/libcrypto.so.3"]
+
+
 async def test_libraries_are_found_beside_their_loader(node: Node) -> None:
     files = {
         "usr/lib/x86_64-linux-gnu/ld.so": make_elf(),
@@ -135,6 +146,7 @@ async def test_of_a_large_file_what_the_loader_reads_is_wanted(
     node: Node, monkeypatch: pytest.MonkeyPatch, *, wide: bool
 ) -> None:
     monkeypatch.setattr(startup_files, "MAX_FILE", 2 * CHUNK_SIZE)
+    monkeypatch.setattr(startup_files, "MAX_PROGRAM", 8 * CHUNK_SIZE)
     tool = make_elf(wide=wide, writable=(7 * CHUNK_SIZE, CHUNK_SIZE // 2))
     layer = make_layer(tar(file(b"usr/bin/tool", tool + bytes(9 * CHUNK_SIZE))), Codec.PLAIN)
     index = build([[layer.blob]])
@@ -142,6 +154,31 @@ async def test_of_a_large_file_what_the_loader_reads_is_wanted(
     await Foresight(index.tree, [lazy], RunConfig(cmd=["tool"])).look()
     lazy.close()
     assert lazy.foreseen == {0, 7}
+
+
+async def test_a_large_program_and_its_library_come_as_a_whole_after_all_else(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library of a library does not."""
+    monkeypatch.setattr(startup_files, "MAX_FILE", 2 * CHUNK_SIZE)
+    large = bytes(5 * CHUNK_SIZE)
+    contents = {
+        "usr/bin/tool": b"#!/usr/bin/program\n",
+        "usr/bin/program": make_elf(needed=[b"liba.so"]) + large,
+        "usr/lib/liba.so": make_elf(needed=[b"libb.so"]) + large,
+        "usr/lib/libb.so": make_elf() + large,
+    }
+    layer = make_layer(tar(*entries(contents)), Codec.PLAIN)
+    index = build([[layer.blob]])
+    lazy, _ = node.mount(layer)
+    order: list[int] = []
+    monkeypatch.setattr(lazy, "foresee", order.extend)
+    await Foresight(index.tree, [lazy], RunConfig(cmd=["tool"])).look()
+    lazy.close()
+    extents = FileExtents(index.tree)
+    paths = [extents.at(0, chunk * CHUNK_SIZE + 4096, 1) for chunk in dict.fromkeys(order)]
+    before = [b"/usr/bin/tool", b"/usr/bin/program", b"/usr/lib/liba.so", b"/usr/lib/libb.so"]
+    assert paths == [*before, *5 * [b"/usr/bin/program"], *5 * [b"/usr/lib/liba.so"]]
 
 
 async def test_a_library_that_exports_much_brings_what_it_needs(node: Node) -> None:

@@ -60,6 +60,19 @@ PACK = [
 RUN = "/usr/lib/python3.11/runpy.py"
 
 
+async def test_what_the_interpreter_reads_besides_modules(node: Node) -> None:
+    """What converts to its locale, and what `site` runs."""
+    others = {
+        "usr/lib/x86_64-linux-gnu/gconv/gconv-modules.cache": b"conversions",
+        f"{SITE}/setup.pth": b"import unused; unused.run()\n/somewhere/else\n",
+        "usr/lib/python3.11/not.pth": b"import site",
+    }
+    found = await foreseen(node, FILES | others, cmd=["python3.11"])
+    expected = [*PYTHON, *map("/{}".format, others), "/usr/lib/python3.11/unused.py"]
+    expected.remove("/usr/lib/python3.11/not.pth")
+    assert found == sorted(expected)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
