@@ -59,6 +59,10 @@ _COME_WITH = {
 """What libraries open by themselves, whoever uses them. OpenSSL's own path to the former is a
 symlink to it in Debian and Alpine; the latter is Red Hat's."""
 
+LARGEST_CONFIGURATION = 64 << 10
+MOST_CONFIGURATION = 64
+"""Bytes of a file, and files, that configure a program."""
+
 _NAMED, _LINKED, _FAR = 0, 1, 2
 """Distances from the command line: on it; a library of a program there; any more."""
 
@@ -85,6 +89,7 @@ class Foresight:
         ]
         self._loaders: list[bytes] = []  # directories of loaders
         self._programs_proper: list[int] = []
+        self._configurable: list[bytes] = []
 
     async def look(self) -> None:
         """Want all that can be foreseen. What cannot be read is left out."""
@@ -93,6 +98,10 @@ class Foresight:
                 self._files.want(path)
             for path in self._named():
                 nursery.start_soon(self._visit, nursery, path, _NAMED)
+        # What comes later in a start must not be in the way of what its first second waits for.
+        for program in self._configurable:
+            self._configured(program)
+        self._files.want_small_layers()
         for nid in self._programs_proper:
             self._files.want_program(nid)
 
@@ -131,6 +140,8 @@ class Foresight:
         nid, real = found
         if distance <= _LINKED:
             self._programs_proper.append(nid)
+        if distance == _NAMED:
+            self._configurable.append(posixpath.basename(path))
         for name, others in _COME_WITH.items():
             if posixpath.basename(real).startswith(name):
                 for other in others:
@@ -151,6 +162,13 @@ class Foresight:
             return
         for follower in followers:
             nursery.start_soon(self._visit, nursery, follower, distance + 1)
+
+    def _configured(self, program: bytes) -> None:
+        """Want what is in /etc for a program, by its name: of redis-server that of redis, too."""
+        for name in dict.fromkeys((program, program.partition(b"-")[0])):
+            if name:
+                directory = posixpath.join(b"/etc", name)
+                self._files.want_all_in(directory, LARGEST_CONFIGURATION, MOST_CONFIGURATION)
 
     def _run_python(self, nursery: trio.Nursery, interpreter: bytes, named: bytes) -> None:
         """Once the interpreter is known, its modules can be found."""

@@ -36,6 +36,13 @@ scipy reads 130 MB of them."""
 
 MAX_FILES = 2048
 
+SMALL_LAYER = 128 << 10
+"""Compressed bytes of a layer that is wanted as a whole: what somebody has put on top of an image
+is there to be read."""
+
+MAX_SMALL_LAYERS = 8
+"""The topmost ones. Each costs a request."""
+
 MAX_LOOKUPS = 20_000
 """Paths that are looked for, 20 us each: a hostile image could name any number. 60 libraries take
 some 2000."""
@@ -70,6 +77,27 @@ class StartupFiles:
             names = self._directories[directory] = dict(self._list(directory))
         return names
 
+    def want_small_layers(self) -> None:
+        """Want all of the layers that are small."""
+        small = [one for one in self._layers if one.table.blob_size <= SMALL_LAYER]
+        for layer in small[-MAX_SMALL_LAYERS:]:
+            self._want_chunks(layer, range(layer.table.chunk_count))
+
+    def want_all_in(self, directory: bytes, largest: int, most: int) -> int:
+        """Want the files in a directory and in its own directories that have at most so many bytes,
+        and that many of them. Returns how many those were."""
+        wanted = 0
+        for name, nid in self.names(directory).items():
+            path = posixpath.join(directory, name)
+            mode = self._tree.inode(nid).mode
+            if name in (b".", b"..") or wanted >= most:
+                continue
+            if stat.S_ISDIR(mode):
+                wanted += self.want_all_in(path, largest, most - wanted)
+            elif (found := self.find(path)) and self._tree.inode(found[0]).size <= largest:
+                wanted += self.want_inode(found[0])
+        return wanted
+
     def want(self, path: bytes) -> tuple[int, bytes] | None:
         """Want a file, unless it is not there, or was wanted before; else its inode and path."""
         found = self.find(path)
@@ -102,9 +130,12 @@ class StartupFiles:
             if piece.device:
                 layer = self._layers[piece.device - 1]
                 first = piece.offset // CHUNK_SIZE
-                chunks = range(first, (piece.offset + piece.length - 1) // CHUNK_SIZE + 1)
-                self._bytes += CHUNK_SIZE * sum(chunk not in layer.foreseen for chunk in chunks)
-                layer.foresee(chunks)
+                last = (piece.offset + piece.length - 1) // CHUNK_SIZE
+                self._want_chunks(layer, range(first, last + 1))
+
+    def _want_chunks(self, layer: LazyLayer, chunks: range) -> None:
+        self._bytes += CHUNK_SIZE * sum(chunk not in layer.foreseen for chunk in chunks)
+        layer.foresee(chunks)
 
     async def read(self, nid: int, offset: int, length: int, *, urgent: bool = True) -> bytes:
         """Bytes of a file, fewer at its end. Raises FetchError, FormatError."""

@@ -12,7 +12,7 @@ import pytest
 from index.builder import build
 from index.extents import FileExtents
 from index.tables import CHUNK_SIZE, Codec
-from snapshotter.images import startup_files
+from snapshotter.images import foresight, startup_files
 from snapshotter.images.foresight import Foresight
 from snapshotter.registry.manifest import RunConfig
 from tests.support.blobs import make_layer
@@ -129,6 +129,60 @@ async def test_what_a_library_opens_by_itself_comes_with_it(node: Node) -> None:
     }
     found = await foreseen(node, files, cmd=["tool"])
     assert found == ["/etc/ssl/openssl.cnf", "/usr/bin/tool", "/usr/lib/libcrypto.so.3"]
+
+
+async def test_what_configures_a_program_comes_with_it(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its name, or what is before a hyphen in it; small files alone, through symlinks, too."""
+    monkeypatch.setattr(foresight, "LARGEST_CONFIGURATION", CHUNK_SIZE)
+    files = {
+        "usr/bin/tool-server": make_elf(),
+        "usr/bin/other": make_elf(),
+        "etc/tool/main": b"included = parts",
+        "etc/tool/parts.d/one": b"on",
+        "etc/tool/certificates": bytes(2 * CHUNK_SIZE),
+        "etc/tool-server/flag": b"yes",
+        "etc/other/main": b"",
+        "usr/share/tool/available": b"more",
+    }
+    link = symlink(b"etc/tool/enabled", b"../../usr/share/tool/available")
+    round_ = symlink(b"etc/tool/round", b"../tool")
+    found = await foreseen(node, files, link, round_, cmd=["tool-server", "x"])
+    assert found == [
+        "/etc/tool-server/flag",
+        "/etc/tool/main",
+        "/etc/tool/parts.d/one",
+        "/usr/bin/tool-server",
+        "/usr/share/tool/available",
+    ]
+
+
+async def test_there_is_an_end_to_what_configures_a_program(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foresight, "LARGEST_CONFIGURATION", CHUNK_SIZE)
+    files = {f"etc/tool/{number:03}": b"x" for number in range(100)}
+    found = await foreseen(node, FILES | files, cmd=["tool"])
+    assert len([path for path in found if path.startswith("/etc/tool/")]) == 64
+
+
+async def test_small_layers_on_top_are_wanted_as_a_whole(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup_files, "SMALL_LAYER", 2 * CHUNK_SIZE)
+    monkeypatch.setattr(startup_files, "MAX_SMALL_LAYERS", 2)
+    sizes = (CHUNK_SIZE // 2, 5 * CHUNK_SIZE, CHUNK_SIZE // 3, CHUNK_SIZE + 1, 3 * CHUNK_SIZE)
+    made = [
+        make_layer(tar(file(b"srv/%d" % number, bytes(size))), Codec.PLAIN)
+        for number, size in enumerate(sizes)
+    ]
+    index = build([[layer.blob] for layer in made])
+    lazies = [node.mount(layer)[0] for layer in made]
+    await Foresight(index.tree, lazies, RunConfig()).look()
+    for lazy in lazies:
+        lazy.close()
+    assert [len(lazy.foreseen) for lazy in lazies] == [0, 0, 1, 2, 0]
 
 
 async def test_libraries_are_found_beside_their_loader(node: Node) -> None:
