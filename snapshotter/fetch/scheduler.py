@@ -145,8 +145,8 @@ class Scheduler:
 
     def expect_start(self) -> None:
         """The pull is over, and a start is about to begin. Fill would only take the processors from
-        it, and the link from what it waits for: it waits until the start has settled."""
-        self.expect_reads()
+        it, and the link from what it waits for: it waits until the start has settled. If none
+        comes, nobody reads."""
         self._transfer.hold.expect_start()
 
     def note_touch(self) -> None:

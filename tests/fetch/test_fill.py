@@ -136,6 +136,29 @@ async def test_fill_waits_for_a_start_that_is_helped(
     assert fill.fully_local.is_set()
 
 
+async def test_when_no_start_comes_fill_has_the_link_for_itself(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks for more at once than it would if somebody was about to read."""
+    monkeypatch.setattr(hold, "BEFORE_START", 0.01)
+    monkeypatch.setattr(hold, "LONGEST_COMPUTING", 0)
+    lazy, source = node.mount(make_layer(sample_bytes(64 * CHUNK_SIZE, 9), Codec.PLAIN))
+    link = node.scheduler.begin_exchange(source.site, 50_000_000)
+    began = trio.current_time()
+    link.answered(began + 0.001)
+    link.received(began + 0.001, 1)
+    link.received(began + 0.201, 49_999_999)
+    link.ended(began + 0.201)
+    source.gate = trio.Event()
+    async with trio.open_nursery() as nursery:
+        node.scheduler.expect_start()
+        nursery.start_soon(node.scheduler.fill, lazy.origin, range(64))
+        await trio.sleep(0.05)
+        await wait_all_tasks_blocked()
+        assert sum(end - start for start, end in source.requests) > 4 << 20
+        source.gate.set()
+
+
 @pytest.mark.parametrize("bound", [None, "SETTLED", "LONGEST_START"])
 async def test_a_start_that_goes_on_is_waited_for_but_not_for_ever(
     node: Node, monkeypatch: pytest.MonkeyPatch, bound: str | None
