@@ -62,18 +62,19 @@ class Instance:
             places += ["--config", str(self.config)]
         return [*_PROGRAM, *words, *places]
 
-    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str | Path, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+        """Run a command, which hangs if it takes longer."""
         return subprocess.run(
             self.command(*arguments),
             env=os.environ | self.environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=seconds,
             check=False,
         )
 
-    def succeed(self, *arguments: str | Path) -> str:
-        done = self.run(*arguments)
+    def succeed(self, *arguments: str | Path, seconds: float = 60) -> str:
+        done = self.run(*arguments, seconds=seconds)
         assert done.returncode == 0, done.stderr + self.log()
         return done.stdout
 
@@ -94,10 +95,11 @@ class Instance:
         return path
 
     @contextmanager
-    def mounted(self, reference: str, *options: str) -> Iterator[Path]:
+    def mounted(self, reference: str, *options: str, seconds: float = 60) -> Iterator[Path]:
         """An image's tree, for as long as the block runs."""
         target = self.directory("tree")
-        self.succeed("mount", reference, target, "--mode", self.mode, *options)
+        mount = ("mount", reference, target, "--mode", self.mode, *options)
+        self.succeed(*mount, seconds=seconds)
         try:
             yield target
         finally:
