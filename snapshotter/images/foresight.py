@@ -138,10 +138,6 @@ class Foresight:
         if found is None:
             return
         nid, real = found
-        if distance <= _LINKED:
-            self._programs_proper.append(nid)
-        if distance == _NAMED:
-            self._configurable.append(posixpath.basename(path))
         for name, others in _COME_WITH.items():
             if posixpath.basename(real).startswith(name):
                 for other in others:
@@ -149,19 +145,23 @@ class Foresight:
         try:
             head = await self._files.read(nid, 0, elf.HEAD)
             if head.startswith(b"#!") or real.endswith(b".py"):
-                followers, distance = [*self._interpreters(head)], distance - 1
+                followers, beyond = [*self._interpreters(head)], distance
                 self._run_script(nursery, await self._files.read(nid, 0, MAX_SOURCE))
             elif head.startswith(elf.MAGIC):
                 if PythonModules.runs(real):
                     self._run_python(nursery, real, path)
-                followers = await self._linked(nid, real, head)
+                if distance <= _LINKED:
+                    self._programs_proper.append(nid)
+                followers, beyond = await self._linked(nid, real, head), distance + 1
             else:
                 return
         except FirstByteError as error:
             log.debug("what %r needs is not foreseen: %s", path, error)
             return
+        if distance == _NAMED:
+            self._configurable.append(posixpath.basename(path))
         for follower in followers:
-            nursery.start_soon(self._visit, nursery, follower, distance + 1)
+            nursery.start_soon(self._visit, nursery, follower, beyond)
 
     def _configured(self, program: bytes) -> None:
         """Want what is in /etc for a program, by its name: of redis-server that of redis, too."""

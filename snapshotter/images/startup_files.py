@@ -83,17 +83,17 @@ class StartupFiles:
         for layer in small[-MAX_SMALL_LAYERS:]:
             self._want_chunks(layer, range(layer.table.chunk_count))
 
-    def want_all_in(self, directory: bytes, largest: int, most: int) -> int:
-        """Want the files in a directory and in its own directories that have at most so many bytes,
+    def want_all_in(self, directory: bytes, largest: int, most: int, *, depth: int = 1) -> int:
+        """Want the files in a directory, and so much further down, that have at most so many bytes,
         and that many of them. Returns how many those were."""
         wanted = 0
         for name, nid in self.names(directory).items():
+            if wanted >= most:
+                break
             path = posixpath.join(directory, name)
-            mode = self._tree.inode(nid).mode
-            if name in (b".", b"..") or wanted >= most:
-                continue
-            if stat.S_ISDIR(mode):
-                wanted += self.want_all_in(path, largest, most - wanted)
+            if stat.S_ISDIR(self._tree.inode(nid).mode):
+                if depth and name not in (b".", b".."):
+                    wanted += self.want_all_in(path, largest, most - wanted, depth=depth - 1)
             elif (found := self.find(path)) and self._tree.inode(found[0]).size <= largest:
                 wanted += self.want_inode(found[0])
         return wanted

@@ -97,7 +97,6 @@ class Repository:
                 result = await operation(session)
             except (RegistryError, IntegrityError) as error:
                 errors[session] = error
-                self._known = _UNKNOWN  # somebody may be mending the files
                 self.failed(session, subject, error)
             else:
                 self._transport.health.wake(session.endpoint.base)
@@ -116,6 +115,7 @@ class Repository:
     def failed(self, session: Session, subject: str, error: RegistryError | IntegrityError) -> None:
         """Leave a mirror alone for a while: for everything if it gave no answer, else for what it
         lacks. Call it for failures after `first` has returned, too."""
+        self._known = _UNKNOWN  # somebody may be mending the files
         if not session.hurried:
             return
         base = session.endpoint.base

@@ -141,6 +141,7 @@ async def test_what_configures_a_program_comes_with_it(
         "usr/bin/other": make_elf(),
         "etc/tool/main": b"included = parts",
         "etc/tool/parts.d/one": b"on",
+        "etc/tool/parts.d/far/away": b"",
         "etc/tool/certificates": bytes(2 * CHUNK_SIZE),
         "etc/tool-server/flag": b"yes",
         "etc/other/main": b"",
@@ -208,6 +209,18 @@ async def test_of_a_large_file_what_the_loader_reads_is_wanted(
     await Foresight(index.tree, [lazy], RunConfig(cmd=["tool"])).look()
     lazy.close()
     assert lazy.foreseen == {0, 7}
+
+
+async def test_of_large_data_the_beginning_is_wanted(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup_files, "MAX_FILE", 2 * CHUNK_SIZE)
+    layer = make_layer(tar(file(b"srv/data", bytes(9 * CHUNK_SIZE))), Codec.PLAIN)
+    index = build([[layer.blob]])
+    lazy, _ = node.mount(layer)
+    await Foresight(index.tree, [lazy], RunConfig(cmd=["tool", "/srv/data"])).look()
+    lazy.close()
+    assert lazy.foreseen == {0}
 
 
 async def test_a_large_program_and_its_library_come_as_a_whole_after_all_else(
