@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -156,7 +156,7 @@ def served(mountpoint: Path, *views: View) -> Iterator[Served]:
         if thread.is_alive():
             yield Served(mountpoint, registry, tokens[0], turns, started)
     finally:
-        if thread.is_alive():
+        with suppress(trio.RunFinishedError):  # it may end by itself
             trio.from_thread.run_sync(scope.cancel, trio_token=tokens[0])
         thread.join(STARTING_SECONDS)
         pyfuse3_is_busy.clear()
