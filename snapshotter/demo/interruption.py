@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.1
 
+REPEAT_SECONDS = 2.0
+"""Until work that should have ended at once is interrupted again: Python drops what is raised while
+it calls back for an object that goes."""
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -57,6 +61,7 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         first, self._arrived = not self._arrived, self._arrived or number
         if first and self._at_once:
+            signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS, REPEAT_SECONDS)
             signal.raise_signal(signal.SIGINT)
 
     @contextmanager
@@ -67,6 +72,7 @@ class Interruption:
         It is Python's own Ctrl-C until it leaves the block: trio knows what to do with that one.
         """
         former = signal.signal(signal.SIGINT, signal.default_int_handler)
+        again = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
         self._at_once = True
         try:
             yield
@@ -75,7 +81,9 @@ class Interruption:
                 raise
             raise InterruptedBySignal(self._arrived or signal.SIGINT) from None
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             self._at_once = False
+            signal.signal(signal.SIGALRM, again)
             signal.signal(signal.SIGINT, former)
 
     def check(self) -> None:
