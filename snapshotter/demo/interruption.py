@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import select
 import signal
+import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
@@ -73,6 +74,8 @@ class Interruption:
         """
         former = signal.signal(signal.SIGINT, signal.default_int_handler)
         again = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+        report = sys.unraisablehook
+        sys.unraisablehook = lambda it: None if it.exc_type is KeyboardInterrupt else report(it)
         self._at_once = True
         try:
             yield
@@ -83,6 +86,7 @@ class Interruption:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._at_once = False
+            sys.unraisablehook = report
             signal.signal(signal.SIGALRM, again)
             signal.signal(signal.SIGINT, former)
 
