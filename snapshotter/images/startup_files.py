@@ -37,8 +37,8 @@ scipy reads 130 MB of them."""
 MAX_FILES = 2048
 
 SMALL_LAYER = 128 << 10
-"""Compressed bytes of a layer that is wanted as a whole: what somebody has put on top of an image
-is there to be read."""
+"""Compressed bytes of a layer that is wanted as a whole, unless it unpacks to more than a file may
+have: what somebody has put on top of an image is there to be read."""
 
 MAX_SMALL_LAYERS = 8
 """The topmost ones. Each costs a request."""
@@ -79,7 +79,11 @@ class StartupFiles:
 
     def want_small_layers(self) -> None:
         """Want all of the layers that are small."""
-        small = [one for one in self._layers if one.table.blob_size <= SMALL_LAYER]
+        small = [
+            one
+            for one in self._layers
+            if one.table.blob_size <= SMALL_LAYER and one.table.raw_size <= MAX_FILE
+        ]
         for layer in small[-MAX_SMALL_LAYERS:]:
             self._want_chunks(layer, range(layer.table.chunk_count))
 

@@ -186,6 +186,19 @@ async def test_small_layers_on_top_are_wanted_as_a_whole(
     assert [len(lazy.foreseen) for lazy in lazies] == [0, 0, 1, 2, 0]
 
 
+async def test_a_layer_that_is_small_because_it_is_zeros_is_not(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup_files, "MAX_FILE", 2 * CHUNK_SIZE)
+    layer = make_layer(tar(file(b"srv/zeros", bytes(9 * CHUNK_SIZE))), Codec.GZIP)
+    assert layer.table.blob_size <= startup_files.SMALL_LAYER
+    index = build([[layer.blob]])
+    lazy, _ = node.mount(layer)
+    await Foresight(index.tree, [lazy], RunConfig()).look()
+    lazy.close()
+    assert lazy.foreseen == set()
+
+
 async def test_libraries_are_found_beside_their_loader(node: Node) -> None:
     files = {
         "usr/lib/x86_64-linux-gnu/ld.so": make_elf(),
